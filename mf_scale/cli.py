@@ -1,0 +1,143 @@
+"""The command line: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mf_scale import __version__
+from mf_scale.errors import StoppedOnRequest, UserError
+
+if TYPE_CHECKING:
+    from mf_scale.distributed.env import World
+
+_OVERRIDES = "any key of the configuration, for example train.steps=500"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mf-scale`; the exit code: 0 done, 2 a user's mistake, 3 a guard, 85 stopped on request."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.call(options, arguments) or 0)
+    except UserError as error:
+        if options.debug:
+            raise
+        if not error.said_by_first_rank:
+            print(f"mf-scale: {error}", file=sys.stderr)
+        return error.exit_code
+    except StoppedOnRequest as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mf-scale", description="Large-scale distributed pretraining of MaskFormer.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mf-scale {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_report(commands)
+    return parser
+
+
+def _command(commands, name: str, text: str, call) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    command.set_defaults(call=call)
+    return command
+
+
+def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "train", "train a run, or go on where it stopped", _train)
+    command.add_argument("config", metavar="CONFIG", help="configuration file, for example configs/demo.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    command.add_argument("--processes", type=int, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
+
+
+def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "evaluate", "mIoU and PQ of a run or checkpoint", _evaluate)
+    command.add_argument("run", metavar="RUN", help="run directory or checkpoint folder")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    command.add_argument("--split", choices=("val", "train"), default="val", help="which source (default: val)")
+    command.add_argument("--processes", type=int, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
+
+
+def _add_predict(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "predict", "segment images with a run or checkpoint", _predict)
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    command.add_argument("--run", required=True, metavar="RUN", help="run directory or checkpoint folder")
+    command.add_argument("--task", choices=("semantic", "panoptic"), default="panoptic", help="default: panoptic")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for overlays, maps and segment lists")
+
+
+def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "report", "write the page of a run: curves, tables, pictures", _report)
+    command.add_argument("run", metavar="RUN", help="run directory")
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    from mf_scale.training.preemption import install_handlers
+
+    flag = install_handlers()  # before the slow imports: a signal's default would kill
+    from mf_scale.config.load import load_config
+    from mf_scale.config.validate import validate
+
+    config = load_config(options.config, options.overrides)
+    validate(config)
+    world = _world_or_launch(options.processes, arguments)
+    if isinstance(world, int):
+        return world
+    from mf_scale.training.trainer import train
+
+    train(config, world, flag)
+    return 0
+
+
+def _world_or_launch(processes: int | None, arguments: list[str]) -> World | int:
+    """This process's place among the ranks; or, having started `processes` ranks and waited, their exit code."""
+    from mf_scale.distributed.env import visible_gpus, world_from_environment
+    from mf_scale.distributed.launch import launch
+
+    world = world_from_environment()
+    if world.size > 1:
+        return world
+    wanted = visible_gpus() if processes is None else processes
+    return launch(arguments, wanted) if wanted > 1 else world
+
+
+def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    world = _world_or_launch(options.processes, arguments)
+    if isinstance(world, int):
+        return world
+    from mf_scale.evaluation.runner import evaluate_run
+
+    table = evaluate_run(options.run, options.overrides, world, split=options.split)
+    if world.first:
+        print(table)
+    return 0
+
+
+def _predict(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.evaluation.predict import predict_images
+
+    return predict_images(options.images, options.run, options.out, task=options.task)
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.rundir import RunDir
+    from mf_scale.tracking.report import write_report
+
+    print(write_report(RunDir(Path(options.run))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The configuration: one dataclass a section, a docstring under each field (unit, source of the default).
+
+"Paper" is MaskFormer (Cheng et al., NeurIPS 2021) with its published training configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+def choice(default: str, *options: str) -> Any:
+    """A string field that takes one of `options`; `load.py` refuses anything else."""
+    return field(default=default, metadata={"choices": (default, *options)})
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how they become training samples."""
+
+    train: Optional[str] = None
+    """Folder (or url prefix) of the training source: tars and their index."""
+    val: Optional[str] = None
+    """Folder (or url prefix) of the validation source; none: no validation loss, nothing to evaluate by default."""
+    task: str = choice("panoptic", "semantic", "instance")
+    """What a segment is: panoptic as packed; semantic joins the segments of a class; instance drops stuff."""
+    crop: list[int] = field(default_factory=lambda: [512, 512])
+    """Height and width of a training sample in pixels (paper: 512 on ADE20K, 640 on COCO-Stuff-10k)."""
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Range of the shorter side before cropping, as a multiple of the crop's shorter side (paper: 0.5 to 2.0)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip (paper: 0.5)."""
+    color: bool = True
+    """Colour jitter of SSD: brightness 32, contrast and saturation 0.5-1.5, hue 18 degrees, each with p 0.5 (paper)."""
+    shuffle: str = choice("blocks", "full")
+    """blocks: permute blocks and the samples inside (sequential reads); full: single samples (small, local sources)."""
+    block_samples: int = 128
+    """Samples of a block, one ranged read (64 to 256 suit object stores and parallel file systems)."""
+    workers: int = 2
+    """Loader processes a rank; 0 loads in the training process. Changes nothing about the order."""
+    prefetch_steps: int = 2
+    """Steps a worker prepares ahead."""
+    buffer_mib: int = 256
+    """MiB of block buffers a process; beyond it samples are read singly."""
+    max_pixels: int = 89_478_485
+    """An image above this many pixels is quarantined from its header, before decoding (Pillow's own limit)."""
+    max_bad_fraction: float = 0.001
+    """Share of quarantined samples at which the run stops (after at least one block was read)."""
+    log_keys: bool = False
+    """Write the sample keys of every step into metrics.jsonl."""
+
+
+@dataclass
+class BackboneConfig:
+    """The pixel-level module's encoder: a timm model with a feature pyramid."""
+
+    name: str = "resnet50"
+    """timm model name; it must offer features at strides 4, 8, 16 and 32."""
+    weights: str = "timm"
+    """timm (its default download), none (random), a file (.safetensors, .pth), or package:NAME (installed weights)."""
+    freeze_norm: bool = True
+    """Batch norm keeps its pretrained statistics and affine (paper: FrozenBN)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate, where the backbone has it (paper: 0.3 for Swin)."""
+
+
+@dataclass
+class PixelDecoderConfig:
+    """The FPN that makes pixel embeddings at stride 4."""
+
+    width: int = 256
+    """Channels of the FPN (paper: 256)."""
+    mask_channels: int = 256
+    """C: channels of pixel and mask embeddings (paper: 256)."""
+
+
+@dataclass
+class DecoderConfig:
+    """The Transformer decoder: learned queries attend to the stride-32 map."""
+
+    layers: int = 6
+    """Decoder layers (paper: 6)."""
+    queries: int = 100
+    """Q: queries, an upper bound of segments found in an image (paper: 100)."""
+    width: int = 256
+    """Channels (paper: 256)."""
+    heads: int = 8
+    """Attention heads (paper: 8)."""
+    feedforward: int = 2048
+    """Hidden channels of the feed-forward part (paper: 2048)."""
+    dropout: float = 0.1
+    """Dropout rate (paper: 0.1)."""
+    deep_supervision: bool = True
+    """Predictions of every layer enter the loss (paper: yes)."""
+
+
+@dataclass
+class ModelConfig:
+    """MaskFormer: backbone, pixel decoder, Transformer decoder, heads."""
+
+    num_classes: Optional[int] = None
+    """K. None takes the vocabulary's; a number must equal it."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Encoder."""
+    pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    """Pixel embeddings."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Queries."""
+    attention: str = choice("auto", "xformers", "sdpa", "reference")
+    """Attention kernel; auto takes the first that runs here: xformers, then torch SDPA."""
+
+
+@dataclass
+class LossConfig:
+    """Class cross-entropy, sigmoid focal and dice; weights of the paper."""
+
+    class_weight: float = 1.0
+    """Weight of the class cross-entropy (paper: 1)."""
+    focal_weight: float = 20.0
+    """Weight of the sigmoid focal mask loss (paper: 20)."""
+    dice_weight: float = 1.0
+    """Weight of the dice mask loss (paper: 1)."""
+    no_object_weight: float = 0.1
+    """Class weight of no-object in the cross-entropy (paper: 0.1)."""
+    focal_alpha: float = 0.25
+    """Focal loss alpha (paper: 0.25)."""
+    focal_gamma: float = 2.0
+    """Focal loss gamma (paper: 2)."""
+    ignored_pixels: str = choice("negative", "exclude")
+    """negative: ignored pixels are negatives of every mask (the paper's code); exclude: they leave loss and cost."""
+
+
+@dataclass
+class MatchingConfig:
+    """Weights of the matching cost (paper: as in the loss)."""
+
+    class_weight: float = 1.0
+    """Weight of the class cost, minus the class probability (paper: 1)."""
+    focal_weight: float = 20.0
+    """Weight of the focal cost (paper: 20)."""
+    dice_weight: float = 1.0
+    """Weight of the dice cost (paper: 1)."""
+    nonfinite: str = choice("warn", "strict")
+    """A non-finite cost: warn and replace by a large one, or stop naming layer, image key, query and term."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with parameter groups."""
+
+    lr: float = 1e-4
+    """Learning rate of everything but the backbone (paper: 1e-4 with ResNets, 6e-5 with Swin)."""
+    backbone_multiplier: float = 0.1
+    """Factor on the backbone's learning rate (paper: 0.1 with ResNets, 1.0 with Swin)."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay; norms and embeddings have none (paper: 1e-4 with ResNets, 0.01 with Swin)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's moment factors (paper: torch's defaults)."""
+    eps: float = 1e-8
+    """Adam's epsilon (torch's default)."""
+    clip_norm: float = 0.01
+    """Global L2 norm that gradients are clipped to; 0 does not clip (paper: 0.01)."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate factor as a pure function of the update count."""
+
+    name: str = choice("poly", "constant")
+    """poly: (1 - update / steps) ** power; constant."""
+    power: float = 0.9
+    """Exponent of poly (paper: 0.9)."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up (paper: 0 with ResNets, 1500 with Swin)."""
+    warmup_start: float = 1e-6
+    """Factor at the first update of the warm-up (paper: 1e-6)."""
+
+
+@dataclass
+class TrainConfig:
+    """The run: how long, how large a step, which precision."""
+
+    steps: int = 160_000
+    """Global batches to train on (paper: 160k on ADE20K)."""
+    global_batch: int = 16
+    """Samples of a step, over all ranks (paper: 16)."""
+    micro_batch: int = 2
+    """Samples per rank per forward; accumulation = global_batch / (micro_batch x world size)."""
+    precision: str = choice("bf16", "fp32")
+    """bf16: autocast over fp32 parameters; fp32. Losses and matching are fp32 always."""
+    init_from: Optional[str] = None
+    """Run directory, checkpoint or export whose weights start a new run (weights only; resuming needs no argument)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    max_skipped_steps: int = 20
+    """Consecutive steps without an update (non-finite gradients) at which the run stops."""
+    collective_timeout: int = 600
+    """Seconds a rank waits for its peers in one collective before it gives the run up."""
+
+
+@dataclass
+class ZeroConfig:
+    """What DeepSpeed partitions over the ranks."""
+
+    stage: int = field(default=2, metadata={"choices": (0, 1, 2)})
+    """0: nothing; 1: optimizer states; 2: gradients too."""
+    bucket_mib: int = 128
+    """MiB of gradients reduced at once."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Committed checkpoints in the run directory."""
+
+    every_steps: int = 5000
+    """Steps between checkpoints; 0: none by steps. One is always committed at the end and at a stop."""
+    every_minutes: float = 15.0
+    """Minutes between checkpoints; 0: none by time. What a lost node costs at most."""
+    keep_last: int = 3
+    """Newest checkpoints kept; at least 2, since the newest may be found damaged."""
+
+
+@dataclass
+class EvalConfig:
+    """Validation loss in training, and inference."""
+
+    every_steps: int = 5000
+    """Steps between validation losses in training; 0: none."""
+    loss_samples: int = 512
+    """Samples of the validation source the validation loss is taken over."""
+    short_side: int = 512
+    """Shorter side in pixels an image is resized to for inference (paper: the crop size)."""
+    max_side: int = 2048
+    """Longer side after resizing at most (paper: 2048 on ADE20K, 1333 on COCO)."""
+    object_threshold: float = 0.8
+    """Panoptic: class probability below which a query is dropped (paper: 0.8)."""
+    overlap_threshold: float = 0.8
+    """Panoptic: share of its mask a segment must keep (paper: 0.8)."""
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; metrics.jsonl is always written."""
+
+    wandb: str = choice("auto", "offline", "online", "off")
+    """auto: online with WANDB_API_KEY in the environment, else offline."""
+    project: str = "mf_scale"
+    """W&B project."""
+    name: Optional[str] = None
+    """W&B run name; none takes the run directory's name."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    run_dir: str = "runs/default"
+    """Everything the run writes. The same directory again resumes the run."""
+    seed: int = 0
+    """Seed of order, augmentation, initialisation and dropout."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Samples."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss terms."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """Hungarian matching."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps and batch."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """DeepSpeed ZeRO."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Commits."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Validation and inference."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """W&B."""

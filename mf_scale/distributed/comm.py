@@ -1,0 +1,141 @@
+"""The few collectives the program needs. Without a process group every one of them is the identity."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mf_scale.distributed.env import RENDEZVOUS, World
+from mf_scale.errors import UserError
+
+
+@contextmanager
+def process_group(world: World, *, timeout: float) -> Iterator[torch.device]:
+    """Join the ranks, give this rank's device, leave at the end. `timeout` in seconds for every collective."""
+    device = _device(world)
+    store, method = None, None
+    if world.size == 1:
+        store = dist.HashStore()
+    elif RENDEZVOUS in os.environ:
+        method = f"file://{os.environ[RENDEZVOUS]}"
+    elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        method = "env://"
+    else:
+        raise UserError(
+            f"{world.size} ranks have no meeting point: MASTER_ADDR and MASTER_PORT are not set",
+            where=f"rank {world.rank}",
+            remedy="Start through launch/multinode.sh, torchrun, or mf-scale train --processes N.",
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=method,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(world: World) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # Under srun with one GPU bound to a task each rank sees just its own.
+    index = 0 if count == 1 else world.local_rank
+    if index >= count:
+        raise UserError(
+            f"local rank {world.local_rank} has no GPU: this node shows {count}",
+            where=f"rank {world.rank}",
+            remedy="Start at most as many ranks a node as it has GPUs.",
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def sum_array(values: np.ndarray) -> np.ndarray:
+    """Sum over ranks, on all ranks; float64 or int64, exact for int64. Goes over the CPU group."""
+    if not _several():
+        return values
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).clone()
+    dist.all_reduce(tensor)
+    return tensor.numpy()
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Every rank's JSON value on rank 0 (None on the others). JSON, since a peer's bytes are never unpickled."""
+    if not _several():
+        return [value]
+    parts = _all_gather_bytes(json.dumps(value).encode())
+    return [json.loads(part) for part in parts] if dist.get_rank() == 0 else None
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's JSON value on every rank."""
+    if not _several():
+        return value
+    return json.loads(_all_gather_bytes(json.dumps(value).encode() if dist.get_rank() == 0 else b"")[0])
+
+
+def on_first_rank(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 only; its JSON result, or its UserError, on every rank."""
+    if not _several():
+        return action()
+    answer: dict[str, Any] = {}
+    failure: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer["result"] = action()
+        except UserError as error:
+            failure = error
+            answer["error"] = [error.what, error.where, error.remedy]
+    answer = broadcast_object(answer)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        what, where, remedy = answer["error"]
+        heard = UserError(what, where=where, remedy=remedy)
+        heard.said_by_first_rank = True
+        raise heard
+    return answer["result"]
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if _several():
+        dist.all_reduce(torch.zeros(1))
+
+
+def broadcast_tensors(tensors: list[torch.Tensor]) -> None:
+    """Rank 0's values into these tensors of every rank, in place."""
+    if _several():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_gather_bytes(data: bytes) -> list[bytes]:
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    longest = max(1, *(int(size) for size in sizes))
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(parts, mine)
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]

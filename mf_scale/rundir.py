@@ -1,0 +1,169 @@
+"""A run is a directory: its names, and the committed checkpoints in it. No torch here.
+
+    config.yaml  vocabulary.json  metrics.jsonl  checkpoints/step-00000100/  report/  wandb/
+
+A checkpoint folder counts only when its manifest, written last, names every file with its size and digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mf_scale.errors import UserError
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+STATE = "state.json"
+CONFIG = "config.yaml"
+VOCABULARY = "vocabulary.json"
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.path / VOCABULARY
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` steps."""
+        return self.checkpoints / f"{_PREFIX}{step:08d}"
+
+
+def committed_checkpoints(run: RunDir) -> list[Path]:
+    """Folders with a manifest, newest first. A half-written folder has none."""
+    folders = run.checkpoints.glob(f"{_PREFIX}*") if run.checkpoints.is_dir() else ()
+    return sorted((f for f in folders if (f / MANIFEST).is_file()), key=lambda f: f.name, reverse=True)
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a committed checkpoint (a missing, short or altered file), or None when it is sound."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            damage = _file_damage(folder / Path(name).name, int(entry["size"]), str(entry["sha256"]))
+            if damage:
+                return damage
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _file_damage(file: Path, size: int, sha256: str) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != size:
+        return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
+    if file_digest(file) != sha256:
+        return f"{file.name} was altered after it was written (digest differs)"
+    return None
+
+
+def newest_sound_checkpoint(run: RunDir) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a sentence for each newer one that did not."""
+    damaged = []
+    for folder in committed_checkpoints(run):
+        damage = checkpoint_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged.append(f"{folder} is damaged: {damage}")
+    return None, damaged
+
+
+def resolve_checkpoint(path: str) -> tuple[Path | None, Path]:
+    """(run directory or None, checkpoint folder) of a run directory or one checkpoint folder; raises UserError."""
+    given = Path(path)
+    if not given.is_dir():
+        raise UserError("this is neither a run directory nor a checkpoint", where=path, remedy="Check the path.")
+    if (given / MANIFEST).is_file():
+        damage = checkpoint_damage(given)
+        if damage:
+            raise UserError(f"the checkpoint is damaged: {damage}", where=path, remedy="Take another checkpoint.")
+        parent = given.resolve().parent
+        return (parent.parent if parent.name == "checkpoints" else None), given
+    folder, damaged = newest_sound_checkpoint(RunDir(given))
+    if folder is None:
+        detail = " ".join(damaged) or "it holds no committed checkpoint"
+        raise UserError(f"there is nothing to load: {detail}", where=path, remedy="Train first, or name another run.")
+    return given, folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of ours as a dictionary; raises UserError naming it."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file cannot be read: {error}", where=str(file)) from error
+    if not isinstance(data, dict):
+        raise UserError("the file does not hold a JSON object", where=str(file))
+    return data
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file whole or not at all: temporary name, fsync, rename."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with disk_errors(file), temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing `path` into a UserError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror or error}", where=str(path), remedy=_disk_remedy(error)
+        ) from error
+
+
+def _disk_remedy(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            "Free some space (or raise the quota) and start the same command again; committed checkpoints are intact."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Choose a run_dir that this user may write to."
+    return "Check the file system, then start the same command again."

@@ -1,0 +1,57 @@
+"""Means over a logging interval, gathered without a host synchronisation in the step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from mf_scale.distributed import comm
+from mf_scale.training.step import TERMS, StepResult
+
+
+class Meter:
+    """Collects what steps did since the last reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def add(self, result: StepResult, samples: int, data_wait: float) -> None:
+        """One step of `samples` samples that waited `data_wait` seconds for its data."""
+        self._terms += result.terms
+        self._matched += result.matched
+        self._surplus += result.surplus
+        self._steps += 1
+        self._samples += samples
+        self._wait += data_wait
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` (a checkpoint, a validation) out of the speed."""
+        self._began += seconds
+
+    def read(self) -> dict[str, Any]:
+        """Means of the interval over steps and ranks, then start anew. All ranks call it."""
+        elapsed = time.perf_counter() - self._began
+        own = torch.cat([self._terms.double().cpu(), torch.tensor([self._matched, self._surplus], dtype=torch.float64)])
+        total = comm.sum_array(own.numpy())
+        steps = max(1, self._steps)
+        means = {f"loss_{name}": float(value) / steps for name, value in zip(TERMS, total, strict=False)}
+        values = {
+            "loss": sum(means.values()),
+            **means,
+            "matched": total[-2] / steps,
+            "surplus": total[-1] / steps,
+            "images_per_second": self._samples / max(elapsed, 1e-9),
+            "step_time": elapsed / steps,
+            "data_wait": self._wait / steps,
+        }
+        self._reset()
+        return values
+
+    def _reset(self) -> None:
+        self._terms = torch.zeros(len(TERMS), device=self._device)
+        self._matched = self._surplus = self._steps = self._samples = 0
+        self._wait = 0.0
+        self._began = time.perf_counter()

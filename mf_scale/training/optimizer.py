@@ -1,0 +1,72 @@
+"""Parameter groups and AdamW: backbone and the rest, with and without weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mf_scale.config.schema import OptimizerConfig
+
+_NO_DECAY_TYPES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_NO_DECAY_NAMES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token")
+
+
+class FiniteAdamW(torch.optim.AdamW):
+    """AdamW that leaves everything as it is when a gradient is not finite, and counts that.
+
+    ZeRO stages 1 and 2 do so themselves; at stage 0 the engine would turn every parameter into NaN. Gradients are
+    averaged over ranks before the step, so all ranks decide alike.
+    """
+
+    skipped_steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none and `skipped_steps` + 1."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            self.skipped_steps += 1
+            return None
+        return super().step(closure)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups named `backbone`, `backbone/no_decay`, `rest`, `rest/no_decay`; norms and embeddings do not decay."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "backbone" if name.startswith("backbone.") else "rest"
+            groups.setdefault(part if _decays(model, name) else f"{part}/no_decay", []).append(parameter)
+    return [_group(name, groups[name], config) for name in sorted(groups)]
+
+
+def _group(name: str, parameters: list[nn.Parameter], config: OptimizerConfig) -> dict[str, Any]:
+    lr = config.lr * (config.backbone_multiplier if name.startswith("backbone") else 1.0)
+    decay = 0.0 if name.endswith("/no_decay") else config.weight_decay
+    return {"name": name, "params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
+
+
+def _decays(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    # timm has norm layers of its own that do not derive from torch's.
+    norm = isinstance(owner, _NO_DECAY_TYPES) or "norm" in type(owner).__name__.lower()
+    return not norm and not name.endswith(_NO_DECAY_NAMES)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> FiniteAdamW:
+    """AdamW over `parameter_groups`."""
+    betas = (config.betas[0], config.betas[1])
+    return FiniteAdamW(parameter_groups(model, config), lr=config.lr, betas=betas, eps=config.eps)
+
+
+def group_table(groups: list[dict[str, Any]]) -> str:
+    """The groups as a table: learning rate, decay, tensors, parameters."""
+    rows = [f"{'group':<20}{'lr':>10}{'decay':>10}{'tensors':>9}{'parameters':>13}"]
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        rows.append(
+            f"{group['name']:<20}{group['base_lr']:>10.2e}{group['weight_decay']:>10.1e}"
+            f"{len(group['params']):>9}{count:>13,}"
+        )
+    return "\n".join(rows)

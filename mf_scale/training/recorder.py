@@ -1,0 +1,125 @@
+"""What a run tells: metrics.jsonl first, then W&B and the console. Rank 0 speaks, the others are silent."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from mf_scale import __version__
+from mf_scale.config.load import config_to_dict
+from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest
+from mf_scale.tracking.console import ProgressLine
+from mf_scale.tracking.metrics import MetricsLog
+from mf_scale.tracking.wandb_run import WandbRun
+from mf_scale.training.session import Session
+
+_TO_WANDB = ("step", "validation")
+_TICK_SECONDS = 0.5
+
+
+class Recorder:
+    """Writes a session's events; every method does nothing on the ranks that are not first."""
+
+    def __init__(self, session: Session, log: MetricsLog | None, wandb: WandbRun | None) -> None:
+        self._session = session
+        self._log = log
+        self._wandb = wandb
+        self._progress = ProgressLine(session.config.train.steps, sys.stderr) if log else None
+        self._latest: dict[str, float] = {}
+        self._ticked = 0.0
+
+    def event(self, event: str, **values: Any) -> None:
+        """Append an event at the present step."""
+        if self._log:
+            self._log.write(event, self._session.state.step, **values)
+        if self._wandb and event in _TO_WANDB:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            prefix = "train" if event == "step" else event
+            self._wandb.log(self._session.state.step, {f"{prefix}/{k}": v for k, v in numbers.items()})
+
+    def step(self, means: dict[str, Any], **values: Any) -> None:
+        """Append the means of a logging interval and show them."""
+        self.event("step", **means, **values)
+        left = self._session.config.train.steps - self._session.state.step
+        self._latest = {
+            "loss": means["loss"],
+            "images_per_second": means["images_per_second"],
+            "data_wait": means["data_wait"],
+            "eta": left * means["step_time"],
+        }
+        if self._progress:
+            self._progress.update(self._session.state.step, **self._latest)
+
+    def tick(self) -> None:
+        """Move the live line of a terminal on between logging intervals."""
+        now = time.monotonic()
+        if self._progress and self._progress.live and now - self._ticked > _TICK_SECONDS:
+            self._ticked = now
+            self._progress.update(self._session.state.step, **self._latest)
+
+    def note(self, text: str) -> None:
+        """A line for the person at the console."""
+        if self._progress:
+            self._progress.note(text)
+
+    def close(self, exit_code: int) -> None:
+        """Leave the live line standing, let W&B finish within its time limit."""
+        if self._progress:
+            self._progress.close()
+        if self._wandb:
+            self._wandb.finish(exit_code)
+        if self._log:
+            self._log.close()
+
+
+@contextmanager
+def open_recorder(session: Session) -> Iterator[Recorder]:
+    """The recorder of a session, with its `start` event written and the start shown."""
+    log = wandb = None
+    if session.world.first:
+        log = MetricsLog(session.run.metrics)
+        wandb = WandbRun(session.config.tracking, session.run, config_to_dict(session.config))
+    recorder = Recorder(session, log, wandb)
+    _announce(session, recorder)
+    exit_code = 1
+    try:
+        yield recorder
+        exit_code = 0
+    except StoppedOnRequest:
+        exit_code = EXIT_STOPPED
+        raise
+    finally:
+        recorder.close(exit_code)
+
+
+def _announce(session: Session, recorder: Recorder) -> None:
+    config, state = session.config, session.state
+    versions = {name: version(name) for name in ("torch", "deepspeed", "webdataset", "timm")}
+    recorder.event(
+        "start",
+        resumed=session.resumed,
+        world=session.world.size,
+        global_batch=config.train.global_batch,
+        steps=config.train.steps,
+        versions={"mf_scale": __version__, "python": platform.python_version(), **versions},
+    )
+    libraries = " ".join(f"{name} {number}" for name, number in versions.items())
+    recorder.note(
+        f"mf_scale {__version__} · {libraries} · {session.world.size} x {session.device.type} · "
+        f"ZeRO-{config.zero.stage} {config.train.precision}"
+    )
+    for note in session.notes:
+        recorder.note(note)
+    plan = session.plan
+    recorder.note(
+        f"{session.index.samples:,} samples, {len(session.index.vocabulary)} classes · global batch "
+        f"{plan.global_batch} = {plan.micro_batch} x {plan.accumulation} accumulated x {plan.world_size} ranks"
+    )
+    recorder.note(
+        f"resuming {session.run.path} at step {state.step:,}" if session.resumed else f"a new run in {session.run.path}"
+    )

@@ -1,0 +1,70 @@
+"""The validation loss: the training loss on fixed samples of the validation source, each exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from mf_scale.config.schema import Config
+from mf_scale.data.batch import Batch, cut
+from mf_scale.data.index import Index
+from mf_scale.data.loader import loss_batches
+from mf_scale.distributed import comm
+from mf_scale.distributed.engine import Engine
+from mf_scale.distributed.env import World
+from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
+from mf_scale.training.step import TERMS, to_device
+
+
+def validation_loss(
+    engine: Engine,
+    criterion: Criterion,
+    index: Index,
+    config: Config,
+    world: World,
+    device: torch.device,
+    stop_wanted: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Loss terms over the first `eval.loss_samples` samples, or None where a stop was agreed on in between.
+
+    Sums are taken with normalisers of 1 and divided at the end, so the value does not depend on ranks or batches.
+    """
+    sums = np.zeros(len(TERMS) + 2)
+    engine.share_buffers()
+    engine.train(False)
+    try:
+        with torch.no_grad():
+            for batch in _batches(index, config, world):
+                if comm.sum_array(np.array([int(stop_wanted())]))[0]:
+                    return None
+                sums += _batch_sums(engine, criterion, batch, config, device)
+    finally:
+        engine.train(True)
+    total = comm.sum_array(sums)
+    masks, class_weight = max(1.0, total[-2]), max(1e-12, total[-1])
+    by_term = {
+        name: float(value / (class_weight if name == "class" else masks))
+        for name, value in zip(TERMS, total, strict=False)
+    }
+    return {"loss": sum(by_term.values()), **{f"loss_{name}": value for name, value in by_term.items()}}
+
+
+def _batches(index: Index, config: Config, world: World) -> Iterator[Batch]:
+    count = min(config.eval.loss_samples, index.samples)
+    return loss_batches(
+        index, config.data, count=count, batch=config.train.micro_batch, rank=world.rank, world=world.size
+    )
+
+
+def _batch_sums(engine: Engine, criterion: Criterion, batch: Batch, config: Config, device: torch.device) -> np.ndarray:
+    """Sums of the terms and of their normalisers; samples that only fill the last round (key "") count nothing."""
+    real = sum(key != "" for key in batch.keys)
+    kept = cut(batch, 0, max(real, 1))
+    micro = to_device(kept, device)
+    losses = criterion(engine.forward(micro.images), micro, Normalisers(1.0, 1.0))
+    if not real:
+        return np.zeros(len(TERMS) + 2)
+    totals = target_totals(kept, config.model.decoder.queries, config.loss.no_object_weight)
+    return np.array([*(float(losses.terms[name]) for name in TERMS), *totals])

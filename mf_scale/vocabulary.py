@@ -1,0 +1,102 @@
+"""Vocabulary: ordered classes with their names, thing/stuff, ids in the source and frequency band."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mf_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class of a vocabulary."""
+
+    name: str
+    thing: bool
+    """True for a thing (countable: one segment an instance), False for stuff."""
+    source_id: int
+    """The id the class has in the annotation files it was packed from."""
+    frequency: str | None = None
+    """Band in a long-tailed vocabulary: rare, common or frequent."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ordered classes; a label is an index into it, the index after the last is no-object."""
+
+    name: str
+    classes: tuple[ClassInfo, ...]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.classes]
+
+    @property
+    def things(self) -> list[bool]:
+        return [c.thing for c in self.classes]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and kinds in order: two sources with one digest label alike."""
+        text = json.dumps([[c.name, c.thing] for c in self.classes], ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def index_of_source_id(self) -> dict[int, int]:
+        """Source id -> label."""
+        return {c.source_id: i for i, c in enumerate(self.classes)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "classes": [asdict(c) for c in self.classes]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], *, where: str = "") -> Vocabulary:
+        """Build from `to_dict`'s form; raises UserError for missing fields or names that stand twice."""
+        try:
+            classes = tuple(
+                ClassInfo(str(c["name"]), bool(c["thing"]), int(c["source_id"]), c.get("frequency"))
+                for c in data["classes"]
+            )
+            vocabulary = Vocabulary(str(data["name"]), classes)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the vocabulary cannot be read: {type(error).__name__} {error}",
+                where=where,
+                remedy="It needs a name and a list of classes, each with name, thing and source_id.",
+            ) from error
+        _refuse_doubles(vocabulary, where)
+        return vocabulary
+
+    @staticmethod
+    def load(path: str | Path) -> Vocabulary:
+        """Read a vocabulary file (JSON); raises UserError where it is missing or malformed."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError("the vocabulary file does not exist", where=str(path), remedy="Check the path.") from error
+        except ValueError as error:
+            raise UserError(f"the vocabulary file is not JSON: {error}", where=str(path)) from error
+        return Vocabulary.from_dict(data, where=str(path))
+
+
+def _refuse_doubles(vocabulary: Vocabulary, where: str) -> None:
+    for what, values in (("name", vocabulary.names), ("source id", [c.source_id for c in vocabulary.classes])):
+        doubles = _doubles(values)
+        if doubles:
+            raise UserError(
+                f"vocabulary {vocabulary.name!r} has the same {what} for several classes: {doubles[:5]}",
+                where=where,
+                remedy="Every class needs a name and a source id of its own.",
+            )
+
+
+def _doubles(values: Sequence[Any] | Iterable[Any]) -> list[Any]:
+    seen: set[Any] = set()
+    return [v for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
