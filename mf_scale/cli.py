@@ -20,7 +20,7 @@ _OVERRIDES = "any key of the configuration, for example train.steps=500"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mf-scale`; the exit code: 0 done, 2 a user's mistake, 3 a guard, 85 stopped on request."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(options.call(options, arguments) or 0)
     except UserError as error:
@@ -33,6 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except BrokenPipeError:
         return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options may stand anywhere between the overrides, which argparse does not allow by itself."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

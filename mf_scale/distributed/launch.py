@@ -72,7 +72,7 @@ def _end_with_parent() -> None:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     failed: subprocess.Popen[bytes] | None = None
     deadline = float("inf")
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:
         if failed is None:
             failed = next((c for c in children if c.returncode not in (None, 0, EXIT_STOPPED)), None)
             deadline = time.monotonic() + _GRACE if failed else deadline

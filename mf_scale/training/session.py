@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config, ModelConfig
 from mf_scale.config.validate import BatchPlan, check_vocabulary, plan_batch
-from mf_scale.data.index import Index
+from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
@@ -119,7 +120,7 @@ def _prepare(config: Config, run: RunDir, world: World, lock: list[int]) -> dict
     plan_batch(config, world.size)
     index = Index.open(config.data.train)
     check_vocabulary(config, index.vocabulary, where=config.data.train)
-    index.verify_shards(checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
+    verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
     if config.data.val:
         _check_validation(Index.open(config.data.val), index, config.data.val)
     lock.append(_lock(run))
@@ -147,7 +148,7 @@ def _check_validation(validation: Index, index: Index, where: str) -> None:
             where=where,
             remedy="Pack both with the same vocabulary.",
         )
-    validation.verify_shards(checksums=False)
+    verify_shards(validation, checksums=False)
 
 
 def _build_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> MaskFormer:
@@ -174,10 +175,12 @@ def _state(config: Config, index: Index, checkpoint: Path | None) -> tuple[Train
     data, message = open_segment(
         saved.data if saved else None,
         saved.step if saved else 0,
-        index,
-        config.data,
+        digest=index.digest,
+        samples=index.samples,
         seed=config.seed,
         global_batch=config.train.global_batch,
+        block_samples=config.data.block_samples,
+        shuffle=config.data.shuffle,
     )
     if saved is None:
         return TrainState(step=0, updates=0, samples=0, quarantined=0, data=data), message
@@ -193,10 +196,13 @@ def _lock(run: RunDir) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").split()
         os.close(handle)
         raise UserError(
-            "another process is training in this run directory",
+            f"another process is training in this run directory (pid and host: {' '.join(holder)})",
             where=str(run.path),
             remedy="Wait for it or stop it, or choose another run_dir.",
         ) from error
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
     return handle

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mf_scale.config.validate import BatchPlan
-from mf_scale.data.batch import Batch, cut
+from mf_scale.data.batch import Batch
+from mf_scale.data.collate import cut
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine, StepOutcome
 from mf_scale.distributed.env import World

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 from mf_scale.config.schema import Config
@@ -46,7 +48,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFla
     config, state = session.config, session.state
     meter = Meter(session.device)
     skipped_in_a_row = 0
-    with _stream(session) as stream:
+    with closing(_stream(session)) as stream:
         while state.step < config.train.steps:
             began = time.perf_counter()
             _, batch = next(stream)
@@ -72,7 +74,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFla
     return False
 
 
-def _stream(session: Session) -> Any:
+def _stream(session: Session) -> Generator[tuple[int, Batch], None, None]:
     return train_steps(
         session.index,
         session.state.data,

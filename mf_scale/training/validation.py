@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from mf_scale.config.schema import Config
-from mf_scale.data.batch import Batch, cut
+from mf_scale.data.batch import Batch
+from mf_scale.data.collate import cut
 from mf_scale.data.index import Index
 from mf_scale.data.loader import loss_batches
 from mf_scale.distributed import comm

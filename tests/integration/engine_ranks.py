@@ -65,7 +65,10 @@ def main() -> None:
         if world.first:
             applied = [outcome.applied for outcome in outcomes]
             norms = [outcome.grad_norm for outcome in outcomes]
-            print("RESULT" + json.dumps({"digest": digest, "weights": weights.tolist(), "applied": applied, "norms": norms}))
+            print(
+                "RESULT"
+                + json.dumps({"digest": digest, "weights": weights.tolist(), "applied": applied, "norms": norms})
+            )
 
 
 def _step(engine: Engine, plan, world, step: int, options: dict):

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train on this machine without SLURM, starting again whenever a rank was asked to stop (exit code 85), as a cluster
+# would requeue the job.
+#   launch/local.sh CONFIG [key=value ...] [--processes N]
+# Ctrl-C or TERM to this script stops for good: the state is committed, and the same command goes on.
+set -u
+stopped=0
+pid=
+trap 'stopped=1; [ -n "$pid" ] && kill -TERM "$pid" 2>/dev/null' TERM INT
+while :; do
+  began=$SECONDS
+  mf-scale train "$@" &
+  pid=$!
+  wait "$pid"
+  # A trapped signal ends `wait` early; the last `wait` gives the true exit code.
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+  wait "$pid"
+  code=$?
+  [ "$code" -eq 85 ] && [ "$stopped" -eq 0 ] || exit "$code"
+  # A run that is stopped again at once would go round for ever.
+  if [ $((SECONDS - began)) -lt 5 ]; then quick=$((${quick:-0} + 1)); else quick=0; fi
+  if [ "$quick" -ge 3 ]; then
+    echo "launch/local.sh: stopped three times within seconds of its start, giving up" >&2
+    exit "$code"
+  fi
+  echo "== stopped on request, state committed: starting again"
+done

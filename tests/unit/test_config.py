@@ -1,0 +1,146 @@
+"""Configuration: strict, with messages that name the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from mf_scale.config.explain import schema_fields
+from mf_scale.config.load import config_from_dict, config_to_dict, config_to_yaml, load_config
+from mf_scale.config.schema import Config
+from mf_scale.config.validate import check_vocabulary, plan_batch, validate
+from mf_scale.errors import UserError
+from mf_scale.vocabulary import ClassInfo, Vocabulary
+
+ROOT = Path(__file__).parents[2]
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(load_config(None, overrides))
+    return str(caught.value)
+
+
+def test_base_yaml_is_the_schema_with_every_key() -> None:
+    assert load_config(ROOT / "configs/base.yaml") == Config()
+    text = (ROOT / "configs/base.yaml").read_text()
+    missing = [name for name, _ in schema_fields() if f"{name.split('.')[-1]}:" not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_is_sound_and_short(path: Path) -> None:
+    validate(load_config(path))
+    if path.name != "base.yaml":
+        assert len(path.read_text().splitlines()) < 40
+
+
+def test_every_field_has_a_docstring_and_a_reader() -> None:
+    """No option that nothing reads."""
+    code = "\n".join(
+        p.read_text() for p in (ROOT / "mf_scale").rglob("*.py") if p.name not in ("schema.py", "validate.py")
+    )
+    unread = [name for name, _ in schema_fields() if f".{name.split('.')[-1]}" not in code]
+    assert not unread
+    schema = (ROOT / "mf_scale/config/schema.py").read_text().splitlines()
+    bare = [
+        line
+        for line, after in zip(schema, schema[1:], strict=False)
+        if line.startswith("    ") and ": " in line and " = " in line and '"""' not in after
+    ]
+    assert not bare
+
+
+def test_overrides_beat_the_file_which_beats_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 1\ntrain: {steps: 1, micro_batch: 1}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\ntrain: {steps: 2, global_batch: 2}\n")
+    config = load_config(tmp_path / "run.yaml", ["train.global_batch=3"])
+    assert (config.seed, config.train.micro_batch, config.train.steps, config.train.global_batch) == (1, 1, 2, 3)
+
+
+def test_effective_configuration_comes_back(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/demo.yaml", ["data.val=null", "optimizer.betas=[0.8,0.9]"])
+    assert config_from_dict(config_to_dict(config), where="test") == config
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trian.steps=5", "Did you mean train.steps?"),
+        ("train.stpes=5", "Did you mean train.steps?"),
+        ("model.backbone.nam=x", "model.backbone.name"),
+        ("train.steps=abc", "a whole number"),
+        ("data.crop=[1,x]", "list of whole numbers"),
+        ("model.num_classes=1.5", "whole number or null"),
+        ("zero.stage=3", "it takes 0, 1, 2"),
+        ("data.task=panotic", "Did you mean panoptic?"),
+        ("train=5", "train is a section"),
+        ("train.steps", "is not key=value"),
+        ("tracking.api_key=abcdef", "looks like a secret"),
+        ("data.train=s3://me:pass@bucket/x", "password in its url"),
+        ("data.train=${oc.env:HOME}", "reads the environment"),
+        ("train.steps=0", "train.steps = 0 must be above 0"),
+        ("data.flip=1.5", "data.flip = 1.5 must lie in 0..1"),
+        ("model.decoder.width=100", "not a multiple"),
+        ("checkpoint.keep_last=1", "at least 2"),
+    ],
+)
+def test_mistakes_are_named_with_the_remedy(override: str, named: str) -> None:
+    assert named in message(override)
+
+
+def test_a_secret_is_never_repeated() -> None:
+    assert "abcdef" not in message("tracking.api_key=abcdef")
+    assert "pass@" not in message("data.train=s3://me:pass@bucket/x")
+
+
+def test_all_broken_rules_are_said_at_once() -> None:
+    text = message("train.steps=0", "data.flip=2", "data.crop=[8,8]")
+    assert all(name in text for name in ("train.steps", "data.flip", "data.crop"))
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "train: [1"])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(file)
+
+
+def test_a_missing_file_shows_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("")
+    with pytest.raises(UserError, match=r"holds: demo\.yaml"):
+        load_config(tmp_path / "dmo.yaml")
+
+
+def test_files_that_build_on_each_other_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(UserError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_batch_arithmetic() -> None:
+    config = load_config(None, ["train.global_batch=12", "train.micro_batch=2"])
+    plan = plan_batch(config, 3)
+    assert plan.accumulation == 2
+    assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch
+    with pytest.raises(UserError, match=r"cannot be shared by 5 ranks.*1 or 2 or 3 or 4 or 6 or 12 ranks"):
+        plan_batch(config, 5)
+    with pytest.raises(UserError, match=r"micro_batch = 2 does not divide.*1 or 3"):
+        plan_batch(config, 4)
+
+
+def test_classes_against_the_vocabulary() -> None:
+    vocabulary = Vocabulary("two", (ClassInfo("cat", True, 1), ClassInfo("sky", False, 2)))
+    assert check_vocabulary(load_config(None), vocabulary, where="x") == 2
+    with pytest.raises(UserError, match=r"num_classes = 3, but vocabulary 'two' has 2"):
+        check_vocabulary(load_config(None, ["model.num_classes=3"]), vocabulary, where="x")
+
+
+def test_sections_are_dataclasses_all_the_way() -> None:
+    assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name not in ("run_dir", "seed"))
