@@ -92,7 +92,7 @@ def _file_damage(file: Path, size: int, sha256: str) -> str | None:
 
 def newest_sound_checkpoint(run: RunDir) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that did not."""
-    damaged = []
+    damaged: list[str] = []
     for folder in committed_checkpoints(run):
         damage = checkpoint_damage(folder)
         if damage is None:

@@ -242,7 +242,7 @@ class EvalConfig:
 class TrackingConfig:
     """Weights & Biases; metrics.jsonl is always written."""
 
-    wandb: str = choice("auto", "offline", "online", "off")
+    wandb: str = choice("auto", "offline", "online", "disabled")
     """auto: online with WANDB_API_KEY in the environment, else offline."""
     project: str = "mf_scale"
     """W&B project."""

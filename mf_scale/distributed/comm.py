@@ -107,10 +107,14 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
         raise failure
     if "error" in answer:
         what, where, remedy = answer["error"]
-        heard = UserError(what, where=where, remedy=remedy)
-        heard.said_by_first_rank = True
-        raise heard
+        raise agreed(UserError(what, where=where, remedy=remedy))
     return answer["result"]
+
+
+def agreed(error: UserError) -> UserError:
+    """An error that every rank raises at the same place: only rank 0 says it."""
+    error.said_by_first_rank = _several() and dist.get_rank() != 0
+    return error
 
 
 def barrier() -> None:

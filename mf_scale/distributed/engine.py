@@ -68,7 +68,7 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The bare model."""
-        return self._engine.module  # type: ignore[no-any-return]
+        return self._engine.module
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode of the model."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +128,14 @@ def _attempt(action: Callable[[], Any]) -> str | None:
     except UserError as error:
         return f"{error.what}. {error.remedy}"
     except Exception as error:
-        # safetensors reports a full disk as an exception of its own.
-        return f"{type(error).__name__}: {error}"
+        # safetensors says a full disk in an exception of its own, with the system's number in the text.
+        number = re.search(r"os error (\d+)", str(error))
+        return _attempt(partial(_fail, int(number[1]))) if number else f"{type(error).__name__}: {error}"
     return None
+
+
+def _fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def retain(run: RunDir, keep: int) -> list[Path]:

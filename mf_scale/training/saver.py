@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from mf_scale.distributed import comm
 from mf_scale.errors import UserError
 from mf_scale.training.checkpoint import retain, save
 from mf_scale.training.recorder import Recorder
@@ -37,11 +38,8 @@ class Saver:
         """Commit before the run ends; raises UserError where that fails, since this state would be lost."""
         problem = self._commit()
         if problem is not None:
-            raise UserError(
-                f"the last checkpoint could not be written: {problem}",
-                where=str(self._session.run.checkpoints),
-                remedy="The same command goes on from the newest committed checkpoint.",
-            )
+            what = f"the last checkpoint could not be written: {problem}"
+            raise comm.agreed(UserError(what, where=str(self._session.run.checkpoints)))
 
     def _commit(self) -> str | None:
         session, state = self._session, self._session.state

@@ -112,11 +112,10 @@ def _record_samples(session: Session, recorder: Recorder, batch: Batch, agreemen
             recorder.note(f"quarantined {event.get('key')} in {event.get('shard')}: {event.get('reason')}")
         share = state.quarantined / max(state.samples, session.index.samples)
         if share > config.data.max_bad_fraction:
-            raise GuardError(
-                f"{state.quarantined} samples could not be decoded, {share:.2%} of what was read",
-                where=f"{config.data.train}, data.max_bad_fraction = {config.data.max_bad_fraction}",
-                remedy="Run `python -m data_tools verify` on the source; metrics.jsonl names every sample.",
-            )
+            what = f"{state.quarantined} samples could not be decoded, {share:.2%} of what was read"
+            where = f"{config.data.train}, data.max_bad_fraction = {config.data.max_bad_fraction}"
+            remedy = "Run `python -m data_tools verify` on the source; metrics.jsonl names every sample."
+            raise comm.agreed(GuardError(what, where=where, remedy=remedy))
     if config.data.log_keys:
         keys = _flat(comm.gather_objects(batch.keys))
         recorder.event("keys", keys=keys)
@@ -135,11 +134,10 @@ def _guard(session: Session, recorder: Recorder, result: StepResult, skipped_in_
     recorder.event("skipped", in_a_row=skipped_in_a_row)
     recorder.note(f"step {session.state.step}: gradients were not finite, no update ({skipped_in_a_row} in a row)")
     if skipped_in_a_row >= session.config.train.max_skipped_steps:
-        raise GuardError(
-            f"{skipped_in_a_row} steps in a row had non-finite gradients: the run is dead",
-            where=f"step {session.state.step} of {session.run.path}",
-            remedy="Lower optimizer.lr or use train.precision=fp32; the last committed checkpoint is intact.",
-        )
+        what = f"{skipped_in_a_row} steps in a row had non-finite gradients: the run is dead"
+        where = f"step {session.state.step} of {session.run.path}"
+        remedy = "Lower optimizer.lr or use train.precision=fp32; the last committed checkpoint is intact."
+        raise comm.agreed(GuardError(what, where=where, remedy=remedy))
 
 
 def _log(session: Session, recorder: Recorder, meter: Meter, result: StepResult) -> None:
@@ -167,5 +165,6 @@ def _validate(session: Session, recorder: Recorder, flag: StopFlag) -> float:
         )
         if values is not None:
             recorder.event("validation", **values)
-            recorder.note(f"step {session.state.step}: validation loss {values['loss']:.4g}")
+            bad = f", without {values['undecodable']} samples that do not decode" if values["undecodable"] else ""
+            recorder.note(f"step {session.state.step}: validation loss {values['loss']:.4g}{bad}")
     return time.perf_counter() - began

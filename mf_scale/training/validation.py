@@ -32,7 +32,7 @@ def validation_loss(
 
     Sums are taken with normalisers of 1 and divided at the end, so the value does not depend on ranks or batches.
     """
-    sums = np.zeros(len(TERMS) + 2)
+    sums = np.zeros(len(TERMS) + 3)
     engine.share_buffers()
     engine.train(False)
     try:
@@ -44,12 +44,16 @@ def validation_loss(
     finally:
         engine.train(True)
     total = comm.sum_array(sums)
-    masks, class_weight = max(1.0, total[-2]), max(1e-12, total[-1])
+    masks, class_weight = max(1.0, total[-3]), max(1e-12, total[-2])
     by_term = {
         name: float(value / (class_weight if name == "class" else masks))
         for name, value in zip(TERMS, total, strict=False)
     }
-    return {"loss": sum(by_term.values()), **{f"loss_{name}": value for name, value in by_term.items()}}
+    return {
+        "loss": sum(by_term.values()),
+        **{f"loss_{name}": value for name, value in by_term.items()},
+        "undecodable": int(total[-1]),
+    }
 
 
 def _batches(index: Index, config: Config, world: World) -> Iterator[Batch]:
@@ -60,12 +64,16 @@ def _batches(index: Index, config: Config, world: World) -> Iterator[Batch]:
 
 
 def _batch_sums(engine: Engine, criterion: Criterion, batch: Batch, config: Config, device: torch.device) -> np.ndarray:
-    """Sums of the terms and of their normalisers; samples that only fill the last round (key "") count nothing."""
+    """Sums of the terms and of their normalisers, and the samples that do not decode.
+
+    Places without a sample (key "", at the end of the batch) count nothing.
+    """
     real = sum(key != "" for key in batch.keys)
     kept = cut(batch, 0, max(real, 1))
     micro = to_device(kept, device)
     losses = criterion(engine.forward(micro.images), micro, Normalisers(1.0, 1.0))
+    bad = len(batch.events)
     if not real:
-        return np.zeros(len(TERMS) + 2)
+        return np.array([*(0.0 for _ in TERMS), 0.0, 0.0, bad])
     totals = target_totals(kept, config.model.decoder.queries, config.loss.no_object_weight)
-    return np.array([*(float(losses.terms[name]) for name in TERMS), *totals])
+    return np.array([*(float(losses.terms[name]) for name in TERMS), *totals, bad])

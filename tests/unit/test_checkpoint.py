@@ -1,9 +1,7 @@
-"""Saving and loading with a real engine in this process: commits, elasticity of moments, full disks."""
+"""Adam's moments as named fragments: written by some ranks, read by others."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,7 @@ def test_moments_written_by_three_ranks_are_read_by_two(tmp_path: Path) -> None:
     for rank, parts in enumerate(layout):
         write_moments(fragments(parts, FULL), tmp_path / moments_file(rank, 3))
     for parts in ({"a.weight": [(0, 7)]}, {"a.weight": [(7, 10)], "b/odd.name": [(0, 7)]}):
-        read = fragments(parts, None)  # type: ignore[arg-type]
+        read = fragments(parts, None)
         read_moments(read, tmp_path)
         for fragment in read:
             wanted = FULL[fragment.name][fragment.start : fragment.start + fragment.moments["exp_avg"].numel()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_every_field_has_a_docstring_and_a_reader() -> None:
     schema = (ROOT / "mf_scale/config/schema.py").read_text().splitlines()
     bare = [
         line
-        for line, after in zip(schema, schema[1:], strict=False)
+        for line, after in pairwise(schema)
         if line.startswith("    ") and ": " in line and " = " in line and '"""' not in after
     ]
     assert not bare

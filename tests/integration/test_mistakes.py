@@ -1,0 +1,168 @@
+"""A person's mistakes: exit code 2, one paragraph with what, where and what to do, no traceback, nothing harmed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mf_scale.cli import main
+from tests.integration.program import SMALL, Run
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """`train` installs signal handlers in this process: put the old ones back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def train(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """The paragraph that `mf-scale train` says about a mistake, in one process."""
+    sources = [f"data.train={packed}/train", f"data.val={packed}/val", f"run_dir={tmp_path}/run", "train.steps=2"]
+    arguments = ["train", str(ROOT / "configs/base.yaml"), *SMALL, *sources, *overrides, "--processes", "1"]
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    paragraphs = [line for line in text.splitlines() if line.startswith("mf-scale: ")]
+    assert len(paragraphs) == 1, text
+    return paragraphs[0]
+
+
+def test_a_typo_in_a_key(tmp_path, packed, capsys):
+    assert "Did you mean train.steps?" in train(tmp_path, packed, capsys, "trian.steps=5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_source_that_is_not_there(tmp_path, packed, capsys):
+    text = train(tmp_path, packed, capsys, f"data.train={tmp_path}/nowhere")
+    assert f"{tmp_path}/nowhere" in text
+    assert "data_tools" in text
+
+
+def test_no_source_at_all(tmp_path, packed, capsys):
+    assert "data.train is not set" in train(tmp_path, packed, capsys, "data.train=null")
+
+
+def test_missing_and_changed_shards_are_found_before_training(tmp_path, packed, capsys):
+    source = tmp_path / "train"
+    shutil.copytree(packed / "train", source)
+    shard = next(source.glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    assert shard.name in train(tmp_path, packed, capsys, f"data.train={source}")
+    shard.unlink()
+    assert shard.name in train(tmp_path, packed, capsys, f"data.train={source}")
+    assert not list((tmp_path / "run").glob("metrics*"))
+
+
+def test_wrong_class_count(tmp_path, packed, capsys):
+    text = train(tmp_path, packed, capsys, "model.num_classes=150")
+    assert "model.num_classes = 150" in text
+    assert "133 classes" in text
+
+
+def test_an_unknown_backbone_names_its_neighbours(tmp_path, packed, capsys):
+    assert "resnet50" in train(tmp_path, packed, capsys, "model.backbone.name=resnet_50")
+
+
+def test_batch_that_cannot_be_cut(tmp_path, packed, capsys):
+    assert "train.micro_batch = 3 does not divide" in train(tmp_path, packed, capsys, "train.micro_batch=3")
+
+
+def test_a_run_directory_in_use(tmp_path, packed, capsys):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as lock:
+        lock.write("4711 node7\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "4711 node7" in train(tmp_path, packed, capsys)
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path, packed, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in train(tmp_path, packed, capsys, f"run_dir={tmp_path}/file/run")
+
+
+def test_all_ranks_hear_of_it_and_one_speaks(tmp_path, packed):
+    done = Run(tmp_path / "run", packed).train(f"data.train={tmp_path}/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.count("mf-scale: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_too_many_bad_samples_stop_the_run_with_3(tmp_path, packed):
+    """One image of forty does not decode: it is quarantined, and with 2.5 % bad the guard ends the run."""
+    source = tmp_path / "train"
+    shutil.copytree(packed / "train", source)
+    spoil_one_image(source)
+    run = Run(tmp_path / "run", packed)
+    done = run.train(f"data.train={source}", "train.steps=12")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not be decoded" in done.stderr
+    assert any(r["event"] == "quarantine" for r in run.records())
+    tolerated = Run(tmp_path / "tolerated", packed)
+    done = tolerated.train(f"data.train={source}", "train.steps=12", "data.max_bad_fraction=0.5")
+    assert done.returncode == 0, done.stderr
+    event = next(r for r in tolerated.records() if r["event"] == "quarantine")
+    assert event["key"] != event["replaced_by"]
+
+
+def spoil_one_image(source: Path) -> None:
+    """Cut the first image short in place (zeros), and bring size and checksums of the index up to date."""
+    import tarfile
+
+    from data_tools.__main__ import main as tools
+
+    shard = next(source.glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".jpg"))
+    data = bytearray(shard.read_bytes())
+    middle = member.offset_data + member.size // 2
+    data[middle : member.offset_data + member.size] = bytes(member.offset_data + member.size - middle)
+    shard.write_bytes(data)
+    vocabulary = ROOT / "data_tools/vocabularies/coco_panoptic_133.json"
+    (source / "index.json").unlink()
+    assert tools(["index", str(source), "--vocabulary", str(vocabulary)]) in (0, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_leaves_the_run_alive_and_the_older_checkpoints_intact(tmp_path, packed):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        run = Run(folder / "run", packed)
+        done = run.train("train.steps=4", "tracking.wandb=disabled")
+        assert done.returncode == 0, done.stderr
+        free = shutil.disk_usage(folder).free
+        (folder / "ballast").write_bytes(bytes(free - 6 * 2**20))
+        full = run.train("train.steps=10", "tracking.wandb=disabled")
+        assert full.returncode == 2, full.stderr
+        assert "Traceback" not in full.stderr
+        assert "the run goes on" in full.stderr
+        assert "Free some space" in full.stderr
+        assert full.stderr.count("mf-scale: ") == 1
+        assert run.last_step() == 10
+        (folder / "ballast").unlink()
+        again = run.train("train.steps=10", "tracking.wandb=disabled")
+        assert again.returncode == 0, again.stderr
+        assert "at step 4" in again.stderr
+        assert list(run.series("step", "loss")) == list(range(1, 11))
+    finally:
+        subprocess.run(["umount", str(folder)], check=False)

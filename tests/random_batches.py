@@ -1,0 +1,83 @@
+"""Random batches and predictions for tests of matching and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mf_scale.data.batch import IGNORE, NO_LABEL, NONE, Batch
+from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+
+CLASSES = 7
+
+
+def random_batch(
+    segments: Sequence[int],
+    size: tuple[int, int] = (24, 32),
+    *,
+    map_layers: int = 1,
+    ignored: bool = True,
+    seed: int = 0,
+) -> Batch:
+    """A batch with `segments[b]` segments in image b; coarse cells of segments, NONE, and IGNORE in layer 0."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T = len(segments), max(segments, default=0)
+    labels = torch.full((B, T), NO_LABEL)
+    layer = torch.zeros(B, T, dtype=torch.int64)
+    segment_map = torch.full((B, map_layers, *size), NONE, dtype=torch.int16)
+    for b, count in enumerate(segments):
+        labels[b, :count] = torch.randint(0, CLASSES, (count,), generator=generator)
+        layer[b, :count] = torch.randint(0, map_layers, (count,), generator=generator)
+        for index in range(map_layers):
+            own = torch.nonzero(layer[b, :count] == index).flatten().tolist()
+            choices = torch.tensor([*own, NONE, *([IGNORE] if ignored and index == 0 else [])], dtype=torch.int16)
+            cells = choices[torch.randint(0, len(choices), (4, 4), generator=generator)]
+            segment_map[b, index] = _enlarge(cells, size)
+    images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, generator=generator)
+    return Batch(images, segment_map, labels, layer, [f"image-{b}" for b in range(B)])
+
+
+def _enlarge(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    rows = torch.arange(size[0]) * cells.shape[0] // size[0]
+    columns = torch.arange(size[1]) * cells.shape[1] // size[1]
+    return cells[rows[:, None], columns]
+
+
+def random_prediction(
+    images: int,
+    *,
+    layers: int = 2,
+    queries: int = 5,
+    size: tuple[int, int] = (6, 8),
+    channels: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> MaskPrediction:
+    """A prediction of leaf tensors that take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    parts = [
+        LayerPrediction(leaf(images, queries, CLASSES + 1), leaf(images, queries, channels)) for _ in range(layers)
+    ]
+    return MaskPrediction(
+        parts[-1].class_logits, parts[-1].mask_embeddings, leaf(images, channels, *size), tuple(parts[:-1])
+    )
+
+
+def leaves(prediction: MaskPrediction) -> list[Tensor]:
+    """All tensors of a prediction that take gradients."""
+    by_layer = [t for layer in prediction.layers() for t in (layer.class_logits, layer.mask_embeddings)]
+    return [*by_layer, prediction.pixel_embeddings]
+
+
+def part(prediction: MaskPrediction, start: int, stop: int) -> MaskPrediction:
+    """Images start..stop of a prediction; gradients flow to the whole one."""
+    cut = [LayerPrediction(x.class_logits[start:stop], x.mask_embeddings[start:stop]) for x in prediction.layers()]
+    return MaskPrediction(
+        cut[-1].class_logits, cut[-1].mask_embeddings, prediction.pixel_embeddings[start:stop], tuple(cut[:-1])
+    )

@@ -1,0 +1,137 @@
+"""Members -> image and map: strict, and safe with hostile shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.encode import encode_map, stored_values
+from mf_scale.data.batch import IGNORE, NONE
+from mf_scale.data.decode import decode_image, decode_map, decode_sample
+from mf_scale.data.samples import BadSample, RawSample, parse_sample
+from tests.sources import jpeg, sample_members
+
+
+def raw(number: int = 0, **changes) -> RawSample:
+    members = sample_members(number, "k")
+    values = {"image": members["jpg"], "maps": [members["seg.png"]], "meta": json.loads(members["json"])}
+    return RawSample("k", **{**values, **changes})
+
+
+def tar(*members: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def encoded(mode: str, form: str = "JPEG") -> bytes:
+    image = Image.open(io.BytesIO(jpeg(3, 24, 32))).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, form)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP")]
+)
+def test_every_kind_of_image_becomes_rgb(mode, form):
+    image = decode_image(encoded(mode, form), 10_000, (24, 32))
+    assert image.shape == (24, 32, 3) and image.dtype == np.uint8 and image.std() > 5
+
+
+def test_pixel_limit_is_read_in_the_header():
+    data = encoded("RGB")
+    header = data[: data.index(b"\xff\xda") + 20]  # no pixel could be decoded from this
+    with pytest.raises(BadSample, match="above the limit of 767"):
+        decode_image(header, 767)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_maps_come_back(dtype):
+    segments = 3 if dtype == np.uint8 else 300
+    segment_map = np.random.default_rng(0).integers(-2, segments, (20, 30)).astype(np.int32)
+    stored = stored_values(segment_map, segments)
+    assert stored.dtype == dtype
+    back = decode_map(encode_map(stored), (20, 30))
+    assert back.dtype == dtype and (back == stored).all()
+    top = np.iinfo(dtype).max
+    assert (back[segment_map == NONE] == top - 1).all() and (back[segment_map == IGNORE] == top).all()
+
+
+def test_254_segments_fit_eight_bits_and_255_do_not():
+    assert stored_values(np.zeros((1, 1), np.int32), 254).dtype == np.uint8
+    assert stored_values(np.zeros((1, 1), np.int32), 255).dtype == np.uint16
+
+
+def meta(**changes) -> dict:
+    return {**json.loads(sample_members(0, "k")["json"]), **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image": sample_members(0, "k")["jpg"][:500]}, "image does not decode"),
+        ({"image": b""}, "image does not decode"),
+        ({"image": jpeg(0, 40, 48)}, "image is 48x40, its json says 56x40"),
+        ({"maps": [sample_members(0, "k")["seg.png"][:60]]}, "segment map does not decode"),
+        ({"maps": [sample_members(1, "k")["seg.png"]]}, "segment map has 56x48 pixels"),
+        ({"maps": [encoded("RGB", "PNG")]}, "segment map"),
+        ({"meta": meta(segments=[])}, "a segment that its json does not list"),
+        ({"meta": meta(segments=[{"label": 6, "layer": 0, "crowd": False}])}, "label 6 is outside the vocabulary of 6"),
+        ({"meta": meta(segments=[{"label": 0, "layer": 1, "crowd": False}])}, "a layer that is not there"),
+        ({"meta": meta(segments=[{"label": 0}])}, "lacks a field"),
+        ({"meta": {}}, "lacks a field"),
+    ],
+)
+def test_whatever_is_wrong_is_named(change, said):
+    with pytest.raises(BadSample, match=said):
+        decode_sample(raw(**change), 6, 1 << 20)
+
+
+def test_a_sound_sample_decodes():
+    sample = decode_sample(raw(2), 6, 1 << 20)
+    assert sample.image.shape == (56, 56, 3) and sample.stored_map.shape == (1, 56, 56)
+    assert sample.labels.tolist() == [4, 2, 3, 2] and sample.crowd.tolist() == [False, False, False, True]
+
+
+def good_members(key: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.{name}", data) for name, data in sample_members(0, key).items() if isinstance(data, bytes)]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (tar(("/abs.jpg", b"x")), "leaves the shard"),
+        (tar(("a/../../b.jpg", b"x")), "leaves the shard"),
+        (tar(("k.jpg", b"x"), ("k.jpg", b"y")), "duplicate"),
+        (tar(("k.jpg", b"x")), "one image and one json"),
+        (tar(*good_members("other")), "hold the samples"),
+        (tar(*good_members("k"), *good_members("l")), "hold the samples"),
+        (tar(("k.json", b"{}"), ("k.jpg", b"x"), ("k.seg1.png", b"")), "has the layers"),
+        (tar(("k.json", b"[]"), ("k.jpg", b"x")), "not an object"),
+        (b"no tar at all" * 100, "cannot be read"),
+    ],
+)
+def test_broken_members_are_bad_samples(data, said):
+    with pytest.raises(BadSample, match=said):
+        parse_sample(data, "k")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "touched").touch, ()
+
+    data = tar(*good_members("k"), ("k.pyd", pickle.dumps(Evil())), ("k.pth", pickle.dumps(Evil())))
+    assert parse_sample(data, "k").key == "k"
+    assert not (tmp_path / "touched").exists()

@@ -1,0 +1,121 @@
+"""Prediction on image files: what is written, what is refused, what is done all the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mf_scale.errors import UserError
+from mf_scale.evaluation.predict import predict_images, read_image
+from mf_scale.models.maskformer import build_model
+from mf_scale.rundir import RunDir
+from tests.unit.painted import painted_config, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run directory with a small real MaskFormer of random weights that keeps every query."""
+    config = painted_config(eval__short_side=64, eval__object_threshold=0.0, eval__overlap_threshold=0.0)
+    config.model.backbone = replace(config.model.backbone, name="resnet18", weights="none")
+    config.model.pixel_decoder = replace(config.model.pixel_decoder, width=16, mask_channels=16)
+    config.model.decoder = replace(config.model.decoder, layers=1, queries=9, width=16, heads=2, feedforward=16)
+    directory = RunDir(tmp_path_factory.mktemp("run"))
+    model = build_model(config.model, 4, seed=0)
+    torch.nn.init.constant_(model.heads.class_head.bias[-1:], -20.0)  # no query says no-object
+    write_checkpoint(directory, config, model, 3)
+    return str(directory.path)
+
+
+def _image(file: Path, size: tuple[int, int] = (70, 50), **options: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, **options)
+    return file
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_overlay_map_and_segments(run: str, tmp_path: Path, task: str) -> None:
+    image = _image(tmp_path / "in" / "a.jpg")
+    assert predict_images([str(image)], run, str(tmp_path / "out"), task=task) == 0
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.json", "a.map.png", "a.overlay.png"]
+    summary = json.loads((tmp_path / "out" / "a.json").read_text())
+    ids = np.asarray(cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED))
+    assert ids.dtype == np.uint16 and ids.shape == (70, 50) == (summary["height"], summary["width"])
+    areas = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True)}
+    assert areas.pop(0, 0) == summary["void"]["area"]
+    assert areas == {s["id"]: s["area"] for s in summary["segments"]}
+    names = ["cat", "dog", "sky", "grass"]
+    assert all(s["class"] == names[s["label"]] and s["thing"] == (s["label"] < 2) for s in summary["segments"])
+    if task == "semantic":
+        assert all(s["id"] == s["label"] + 1 for s in summary["segments"]) and summary["void"]["area"] == 0
+    else:
+        assert all(0 < s["score"] <= 1 for s in summary["segments"])
+    with Image.open(tmp_path / "out" / "a.overlay.png") as overlay:
+        assert overlay.height > 640, "a legend stands below the picture"
+
+
+def test_folders_and_names_that_stand_twice(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x/a.jpg", "x/b.PNG", "y/a.webp"):
+        _image(tmp_path / name, (40, 40))
+    (tmp_path / "x" / "notes.txt").write_text("no image, not asked for")
+    inputs = [str(tmp_path / "x"), str(tmp_path / "y" / "a.webp")]
+    assert predict_images(inputs, run, str(tmp_path / "out"), task="panoptic") == 0
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.json")) == ["a-2.json", "a.json", "b.json"]
+    assert json.loads((tmp_path / "out" / "a-2.json").read_text())["image"].endswith("y/a.webp")
+    assert "3 of 3 images" in capsys.readouterr().out
+
+
+def test_nothing_above_the_threshold_is_told(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = _image(tmp_path / "a.png")
+    high = ["eval.object_threshold=1.0"]
+    assert predict_images([str(image)], run, str(tmp_path / "out"), task="panoptic", overrides=high) == 0
+    assert "no segment is above eval.object_threshold=1 in 1 of them" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["segments"] == []
+
+
+def test_one_input_that_is_no_image(run: str, tmp_path: Path) -> None:
+    file = tmp_path / "note.jpg"
+    file.write_text("hello")
+    with pytest.raises(UserError, match=r"note\.jpg"):
+        predict_images([str(file)], run, str(tmp_path / "out"), task="panoptic")
+    with pytest.raises(UserError, match="does not exist"):
+        predict_images([str(tmp_path / "gone.jpg")], run, str(tmp_path / "out"), task="panoptic")
+
+
+def test_among_several_the_others_are_done(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = _image(tmp_path / "good.png"), tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:200])
+    assert predict_images([str(bad), str(good)], run, str(tmp_path / "out"), task="semantic") == 2
+    assert (tmp_path / "out" / "good.json").exists() and not (tmp_path / "out" / "bad.json").exists()
+    printed = capsys.readouterr()
+    assert "1 of 2 images" in printed.out and "bad.png" in printed.err
+
+
+def test_nothing_to_do_and_nowhere_to_write(run: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in what was given"):
+        predict_images([str(tmp_path / "empty")], run, str(tmp_path / "out"), task="panoptic")
+    (tmp_path / "file").write_text("")
+    image = _image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="cannot write"):
+        predict_images([str(image)], run, str(tmp_path / "file" / "out"), task="panoptic")
+
+
+def test_images_are_read_upright_and_their_size_is_limited(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    file = _image(tmp_path / "turned.jpg", (40, 20), exif=exif)
+    assert read_image(file, 10_000).shape == (20, 40, 3)
+    grey = tmp_path / "grey.png"
+    Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(grey)
+    assert read_image(grey, 10_000).shape == (5, 6, 3)
+    with pytest.raises(UserError, match="limit of 100"):
+        read_image(file, 100)

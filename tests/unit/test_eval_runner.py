@@ -1,0 +1,180 @@
+"""The runner on a tiny packed source: what is counted, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mf_scale.config.schema import Config
+from mf_scale.data.batch import IGNORE, NONE
+from mf_scale.data.index import Index
+from mf_scale.distributed.env import World
+from mf_scale.errors import UserError
+from mf_scale.evaluation.forward import answer, inference_size
+from mf_scale.evaluation.results import make_room, results_table, save_evaluation
+from mf_scale.evaluation.runner import class_map, evaluate, evaluate_run, flat_map
+from mf_scale.models.maskformer import build_model
+from mf_scale.rundir import RunDir
+from mf_scale.tracking.metrics import read_metrics
+from mf_scale.vocabulary import Vocabulary
+from tests.unit.painted import SIZES, VOCABULARY_4, ColorModel, painted_config, painted_source, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return painted_source(tmp_path_factory.mktemp("painted"))
+
+
+def _evaluate(index: Index, pictures: int = 0, **options: object):
+    model = ColorModel().train()
+    evaluation = evaluate(
+        model, index, painted_config(**options), World(), split="val", pictures=pictures, progress=False
+    )
+    assert model.training, "the mode is restored"
+    return evaluation
+
+
+def test_panoptic_counts_both_metrics(index: Index) -> None:
+    results = _evaluate(index).results
+    assert (results["split"], results["task"], results["samples"]) == ("val", "panoptic", 5)
+    assert results["mIoU"] == results["semantic"]["mIoU"] > 0.95
+    per_class = results["panoptic"]["per_class"]
+    # Of image 2's two cats the first is a crowd. The prediction makes one segment of both: its IoU with the second is
+    # about one half of its pixels, and crowd is half of it, so it is a match or a false positive, never two.
+    assert per_class["PQ"][1] > 0.9 and per_class["PQ"][2] > 0.9 and per_class["PQ"][3] > 0.9
+    assert results["PQ"] == results["panoptic"]["all"]["PQ"]
+    assert results["class_names"] == VOCABULARY_4.names and results["things"] == [True, True, False, False]
+
+
+def test_every_pixel_of_every_sample_is_counted_once(index: Index) -> None:
+    counted = sum(_evaluate(index).results["semantic"]["per_class"]["pixels"])
+    quarters = [(h // 2, w // 2, h, w) for h, w in SIZES]
+    unlabelled = (quarters[1][2] - quarters[1][0]) * (quarters[1][3] - quarters[1][1])
+    unlabelled += (quarters[3][2] - quarters[3][0]) * quarters[3][1]
+    assert counted == sum(h * w for h, w in SIZES) - unlabelled
+
+
+def test_the_tasks_count_what_they_are_about(index: Index) -> None:
+    semantic = _evaluate(index, data__task="semantic").results
+    assert semantic["PQ"] is None and "panoptic" not in semantic and semantic["mIoU"] > 0.95
+    instance = _evaluate(index, data__task="instance").results
+    assert instance["mIoU"] is None and "semantic" not in instance
+    assert instance["PQ"] == instance["panoptic"]["things"]["PQ"]
+    assert instance["panoptic"]["per_class"]["PQ"][2:] == [None, None], "stuff is neither right nor wrong"
+
+
+def test_ranks_share_the_samples(index: Index) -> None:
+    """Without a process group each rank returns its own counts: together they are the whole."""
+    config, model = painted_config(), ColorModel()
+    parts = []
+    for rank in range(3):
+        evaluation = evaluate(model, index, config, World(rank, 3), split="val", pictures=2, progress=False)
+        parts.append(np.array(evaluation.results["semantic"]["per_class"]["pixels"]))
+        assert [p.position for p in evaluation.pictures] == [r for r in range(2) if r == rank]
+    whole = _evaluate(index).results["semantic"]["per_class"]["pixels"]
+    assert np.sum(parts, axis=0).tolist() == whole
+
+
+def test_saved_results_pictures_and_event(index: Index, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.report.mkdir(parents=True)
+    (run.report / "val-07-image.png").write_text("of an earlier evaluation")
+    make_room(run, "val")
+    save_evaluation(run, _evaluate(index, pictures=2), step=40)
+    results = json.loads((run.report / "evaluation-val.json").read_text())
+    assert results["step"] == 40 and results["mIoU"] > 0.95
+    titles = ["image", "ground truth", "prediction, semantic", "prediction, panoptic"]
+    assert [[v["title"] for v in p["views"]] for p in results["pictures"]] == [titles, titles]
+    files = {v["file"] for p in results["pictures"] for v in p["views"]}
+    assert files == {f.name for f in run.report.glob("*.png")} and len(files) == 8
+    (event,) = read_metrics(run.metrics)
+    assert (event["event"], event["step"], event["split"], event["samples"]) == ("evaluation", 40, "val", 5)
+    assert event["mIoU"] == results["mIoU"] and event["PQ"] == results["PQ"]
+
+
+def test_pictures_show_truth_and_prediction_alike(index: Index) -> None:
+    """The model is right, so the painted truth and the painted prediction differ at borders only."""
+    (shown,) = _evaluate(index, pictures=1, data__task="semantic").pictures
+    views = dict(shown.views)
+    differs = (np.abs(views["ground truth"].astype(int) - views["prediction"]) > 40).any(-1)
+    assert differs.mean() < 0.05
+
+
+def test_the_table_shows_percent(index: Index) -> None:
+    results = _evaluate(index).results
+    head, row = results_table(results).splitlines()
+    assert head.split()[:3] == ["split", "images", "mIoU"] and "PQ things" in head and "images/s" in head
+    assert row.split()[2] == f"{100 * results['mIoU']:.2f}"
+    assert len(head) == len(row)
+
+
+def test_overlapping_layers_show_the_lowest() -> None:
+    layers = np.array([[[0, NONE, IGNORE, NONE]], [[1, 1, NONE, NONE]]], dtype=np.int16)
+    flat = flat_map(layers)
+    assert flat.tolist() == [[0, 1, IGNORE, NONE]]
+    assert class_map(flat, np.array([7, 9])).tolist() == [[7, 9, -1, -1]]
+    assert class_map(flat[:, 2:], np.array([], dtype=np.int64)).tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (512, 683)),
+        (640, 480, (683, 512)),
+        (100, 1000, (100, 1000)),
+        (50, 2000, (25, 1000)),
+        (1, 1, (512, 512)),
+    ],
+)
+def test_inference_size_keeps_the_aspect_within_both_limits(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert inference_size(height, width, 512, 1000) == expected
+
+
+@pytest.mark.parametrize("size", [(61, 83), (64, 96), (37, 50)])
+def test_an_answer_lies_on_its_image(size: tuple[int, int]) -> None:
+    """A vertical edge is found where it is, also where the inference size is no multiple of the stride."""
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    edge = size[1] * 2 // 3
+    image[:, :edge], image[:, edge:] = (230, 40, 40), (50, 80, 240)
+    config = painted_config(eval__short_side=243, eval__max_side=1000)
+    classes = answer(ColorModel().eval(), image, config).semantic()
+    assert classes.shape == size
+    found = (classes == 0).sum(1)
+    assert abs(found - edge).max() <= 1
+
+
+def _real_run(tmp_path: Path, index: Index | None, vocabulary: Vocabulary = VOCABULARY_4) -> tuple[RunDir, Config]:
+    """A run directory with a checkpoint of a small real MaskFormer with random weights."""
+    config = painted_config(eval__short_side=64)
+    config.data.val = index.source if index else None
+    config.model.backbone = replace(config.model.backbone, name="resnet18", weights="none")
+    config.model.pixel_decoder = replace(config.model.pixel_decoder, width=16, mask_channels=16)
+    config.model.decoder = replace(config.model.decoder, layers=1, queries=5, width=16, heads=2, feedforward=16)
+    run = RunDir(tmp_path / "run")
+    write_checkpoint(run, config, build_model(config.model, 4, seed=0), 7, vocabulary)
+    return run, config
+
+
+def test_a_real_model_from_its_run_directory(index: Index, tmp_path: Path) -> None:
+    run, _ = _real_run(tmp_path, index)
+    table = evaluate_run(str(run.path), ["eval.object_threshold=0.1"], World(), split="val")
+    assert "mIoU" in table
+    results = json.loads((run.report / "evaluation-val.json").read_text())
+    assert results["step"] == 7 and 0 <= results["mIoU"] <= 1 and len(results["pictures"]) == 5
+
+
+def test_no_source_is_a_users_mistake(tmp_path: Path) -> None:
+    run, _ = _real_run(tmp_path, None)
+    with pytest.raises(UserError, match=r"data\.val=FOLDER"):
+        evaluate_run(str(run.path), [], World(), split="val")
+
+
+def test_another_vocabulary_is_refused(index: Index, tmp_path: Path) -> None:
+    tiger = replace(VOCABULARY_4, classes=(replace(VOCABULARY_4.classes[0], name="tiger"), *VOCABULARY_4.classes[1:]))
+    run, _ = _real_run(tmp_path, index, tiger)
+    with pytest.raises(UserError, match="vocabulary"):
+        evaluate_run(str(run.path), [], World(), split="val")

@@ -1,0 +1,128 @@
+"""Costs against the plain statement, assignments, and non-finite costs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mf_scale.config.schema import LossConfig, MatchingConfig
+from mf_scale.errors import GuardError
+from mf_scale.losses.reference import matching_cost
+from mf_scale.matching.cost import downsample_nearest, pairwise_cost
+from mf_scale.matching.hungarian import match, solve
+from tests.random_batches import CLASSES, part, random_batch, random_prediction
+
+
+def _pairs(matching, layers, queries):
+    """Pairs of each image and layer, as sets."""
+    found = []
+    for b, count in enumerate(matching.counts):
+        slots, segments = matching.slots[b, :count].tolist(), matching.segments[b, :count].tolist()
+        by_layer: list[set[tuple[int, int]]] = [set() for _ in range(layers)]
+        for slot, segment in zip(slots, segments, strict=True):
+            by_layer[slot // queries].add((slot % queries, segment))
+        found.append(by_layer)
+    return found
+
+
+@pytest.mark.parametrize("ignored_pixels", ["negative", "exclude"])
+@pytest.mark.parametrize("map_layers", [1, 3])
+def test_costs_equal_the_plain_statement_and_assignments_are_the_cheapest(ignored_pixels, map_layers):
+    loss, weights = LossConfig(ignored_pixels=ignored_pixels), MatchingConfig(class_weight=2.0)
+    batch = random_batch([3, 0, 5, 8], map_layers=map_layers)
+    prediction = random_prediction(4)
+    cost = pairwise_cost(prediction, batch, weights, loss)
+    assert not cost.total.requires_grad
+    matching = match(cost, batch, "strict")
+    pairs = _pairs(matching, 2, 5)
+    for s, layer in enumerate(prediction.layers()):
+        mask_logits = torch.einsum("bqc,bchw->bqhw", layer.mask_embeddings, prediction.pixel_embeddings)
+        for b, count in enumerate((3, 0, 5, 8)):
+            dense = matching_cost(layer.class_logits[b], mask_logits[b], batch, b, weights, loss).detach()
+            torch.testing.assert_close(cost.total[b, s, :, :count], dense)
+            assert pairs[b][s] == set(zip(*(x.tolist() for x in solve(dense.numpy())), strict=True))
+    assert matching.counts == (6, 0, 10, 10) and matching.matched == 13 and matching.surplus == 3
+
+
+def test_assignments_are_optimal_by_trying_all():
+    from itertools import permutations
+
+    cost = np.random.default_rng(0).random((5, 4))
+    queries, segments = solve(cost)
+    best = min(sum(cost[q, t] for t, q in enumerate(order)) for order in permutations(range(5), 4))
+    assert cost[queries, segments].sum() == pytest.approx(best)
+
+
+def test_batched_equals_one_by_one():
+    batch, prediction = random_batch([4, 1, 0, 7], ignored=True), random_prediction(4)
+    whole = match(pairwise_cost(prediction, batch, MatchingConfig(), LossConfig()), batch, "strict")
+    for b in range(4):
+        single = replace(
+            batch,
+            segment_map=batch.segment_map[b : b + 1],
+            labels=batch.labels[b : b + 1],
+            segment_layer=batch.segment_layer[b : b + 1],
+            keys=batch.keys[b : b + 1],
+        )
+        cost = pairwise_cost(part(prediction, b, b + 1), single, MatchingConfig(), LossConfig())
+        assert _pairs(match(cost, single, "strict"), 2, 5) == [_pairs(whole, 2, 5)[b]]
+
+
+def test_the_map_is_downsampled_as_torch_does_it():
+    maps = random_batch([6], (37, 50)).segment_map
+    for size in [(37, 50), (10, 13), (5, 50), (37, 7)]:
+        wanted = F.interpolate(maps.double(), size=size, mode="nearest").to(torch.int16)
+        assert torch.equal(downsample_nearest(maps, size), wanted)
+
+
+def test_more_than_255_segments_and_the_last_class():
+    batch, prediction = random_batch([300], (64, 64)), random_prediction(1, queries=310, size=(16, 16))
+    batch.segment_map[0, 0] = torch.arange(64 * 64).view(64, 64) // 13 % 300
+    batch.labels[:] = CLASSES - 1
+    cost = pairwise_cost(prediction, batch, MatchingConfig(), LossConfig())
+    matching = match(cost, batch, "strict")
+    assert sorted(matching.segments[0, :300].tolist()) == list(range(300))
+    probability = prediction.class_logits[0].softmax(-1)[:, CLASSES - 1]
+    torch.testing.assert_close(-cost.class_cost[0, -1, :, 299], probability)
+
+
+def test_a_batch_without_segments_has_one_padding_pair():
+    batch = random_batch([0, 0])
+    matching = match(pairwise_cost(random_prediction(2), batch, MatchingConfig(), LossConfig()), batch, "strict")
+    assert matching.slots.tolist() == [[10], [10]] and matching.counts == (0, 0)
+
+
+@pytest.mark.parametrize("term", ["class", "focal", "dice"])
+def test_a_nonfinite_cost_is_named_and_replaced_or_stops(term, caplog):
+    batch, prediction = random_batch([3, 3]), random_prediction(2)
+    cost = pairwise_cost(prediction, batch, MatchingConfig(), LossConfig())
+    field = "class_cost" if term == "class" else term
+    values = getattr(cost, field).clone()
+    values[1, 0, 2:4, 1] = torch.tensor([torch.nan, torch.inf])
+    total = cost.total.clone()
+    total[1, 0, 2:4, 1] = torch.nan
+    spoilt = replace(cost, **{field: values}, total=total)
+    with caplog.at_level(logging.WARNING):
+        matching = match(spoilt, batch, "warn")
+    assert matching.nonfinite == [{"layer": 0, "key": "image-1", "queries": "2-3", "term": term}]
+    assert f"layer 0, image image-1, queries 2-3, {term} cost" in caplog.text
+    assert not {(2, 1), (3, 1)} & _pairs(matching, 2, 5)[1][0]
+    with pytest.raises(GuardError, match=f"image image-1, queries 2-3, {term} cost"):
+        match(spoilt, batch, "strict")
+
+
+def test_a_cost_that_is_nowhere_finite_still_gives_pairs():
+    queries, segments = solve(np.full((3, 2), np.nan))
+    assert len(queries) == 2 and sorted(segments.tolist()) == [0, 1]
+
+
+def test_costs_behind_the_last_segment_are_not_looked_at():
+    batch, prediction = random_batch([1, 3]), random_prediction(2)
+    cost = pairwise_cost(prediction, batch, MatchingConfig(), LossConfig())
+    cost.total[0, :, :, 1:] = -1e9
+    assert match(cost, batch, "strict").segments[0, :2].tolist() == [0, 0]

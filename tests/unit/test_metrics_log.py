@@ -1,0 +1,133 @@
+"""metrics.jsonl: supersession after a rollback, torn lines, non-finite values, disks that refuse."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mf_scale.errors import UserError
+from mf_scale.tracking.metrics import MetricsLog, read_metrics
+
+
+def _steps(path: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in read_metrics(path) if r["event"] == "step"]
+
+
+def test_lines_carry_event_step_and_time(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "new" / "metrics.jsonl")
+    log.write("step", 3, loss=np.float32(0.5), keys=["a"], path=tmp_path)
+    (line,) = read_metrics(log.path)
+    assert (line["event"], line["step"], line["loss"], line["keys"]) == ("step", 3, 0.5, ["a"])
+    assert line["path"] == str(tmp_path) and line["time"] > 1e9
+    log.close()
+    log.close()
+
+
+def test_a_line_is_readable_at_once_and_survives_reopening(tmp_path: Path) -> None:
+    first = MetricsLog(tmp_path / "metrics.jsonl")
+    first.write("step", 1, loss=1.0)
+    assert _steps(first.path) == [(1, 1.0)]
+    MetricsLog(first.path).write("step", 2, loss=2.0)
+    assert _steps(first.path) == [(1, 1.0), (2, 2.0)]
+
+
+def test_replayed_steps_supersede_the_old_ones(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("start", 0, resumed=False)
+    for step in (10, 20, 30):
+        log.write("step", step, loss=1.0)
+        log.write("save", step, path="x")
+    log.write("start", 20, resumed=True)
+    log.write("step", 30, loss=2.0)
+    assert _steps(log.path) == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert [r["step"] for r in read_metrics(log.path) if r["event"] == "save"] == [10, 20]
+
+
+def test_several_rollbacks_leave_one_monotone_series_and_every_start(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for resumed_at, loss in ((0, 0.0), (40, 1.0), (10, 2.0)):
+        log.write("start", resumed_at, resumed=resumed_at > 0)
+        for step in range(resumed_at + 10, resumed_at + 41, 10):
+            log.write("step", step, loss=loss)
+        log.write("stop", resumed_at + 40, reason="SIGTERM")
+    assert _steps(log.path) == [(10, 0.0), (20, 2.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    assert sum(r["event"] == "start" for r in read_metrics(log.path)) == 3
+    assert sum(r["event"] == "stop" for r in read_metrics(log.path)) == 3
+
+
+@pytest.mark.parametrize("torn", ['{"event": "step", "st', '{"event": "step", "step": 3}', "x" * 200_000])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", 1, loss=1.0)
+    log.close()
+    with log.path.open("a") as file:
+        file.write(torn)
+    assert _steps(log.path) == [(1, 1.0)], "a reader beside the writer must leave the torn line out too"
+    MetricsLog(log.path).write("step", 2, loss=2.0)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{")
+    MetricsLog(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_unreadable_lines_in_the_middle_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, second = (json.dumps({"event": "step", "step": i, "loss": float(i)}) for i in (1, 2))
+    path.write_text(f"{first}\n\0\0\0\n[]\n{second}\n")
+    assert _steps(path) == [(1, 1.0), (2, 2.0)]
+    assert "2 unreadable lines" in caplog.text
+
+
+def test_no_file_is_no_lines(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_nonfinite_floats_are_null_and_named(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", 1, loss=float("nan"), lr=0.1, groups={"a": float("inf"), "b": [1.0, -np.inf]})
+    (text,) = log.path.read_text().splitlines()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["loss"] is None and record["lr"] == 0.1 and record["groups"] == {"a": None, "b": [1.0, None]}
+    assert record["nonfinite"] == ["loss", "groups.a", "groups.b.1"]
+
+
+def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/metrics\.jsonl"):
+        MetricsLog(tmp_path / "file" / "metrics.jsonl")
+    with pytest.raises(UserError, match="cannot write"):
+        MetricsLog(tmp_path)
+
+
+def test_a_full_disk_is_a_users_mistake_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """The file size limit of the process breaks a write in the middle, as a disk that fills up does."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("step", 1, loss=1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 20, limits[1]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            log.write("step", 2, loss=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    log.write("step", 2, loss=3.0)
+    assert _steps(log.path) == [(1, 1.0), (2, 3.0)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_no_space_left_says_so(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Free some space"):
+        MetricsLog(tmp_path / "metrics.jsonl").write("step", 1, loss=1.0)
