@@ -85,8 +85,10 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         model = _build_model(config, index.vocabulary, checkpoint)
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
-        notes = [*found["notes"], f"attention: {model.attention_kernel}", group_table(optimizer.param_groups)]
+        groups = group_table(optimizer.param_groups)
         engine = Engine(model.to(device), optimizer, config, plan, world)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            notes = [*found["notes"], f"attention: {model.attention_kernel}", groups]
         state, message = _state(config, index, checkpoint)
         if checkpoint is not None:
             engine.prepare_moments(state.updates)

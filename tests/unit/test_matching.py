@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.errors import GuardError
 from mf_scale.losses.reference import matching_cost
+from mf_scale.matching import cost as room
 from mf_scale.matching.cost import downsample_nearest, pairwise_cost
 from mf_scale.matching.hungarian import match, solve
 from tests.random_batches import CLASSES, part, random_batch, random_prediction
@@ -71,6 +72,14 @@ def test_batched_equals_one_by_one():
         )
         cost = pairwise_cost(part(prediction, b, b + 1), single, MatchingConfig(), LossConfig())
         assert _pairs(match(cost, single, "strict"), 2, 5) == [_pairs(whole, 2, 5)[b]]
+
+
+@pytest.mark.parametrize("ignored_pixels", ["negative", "exclude"])
+def test_chunks_change_nothing(ignored_pixels, monkeypatch):
+    batch, prediction, loss = random_batch([4, 2]), random_prediction(2), LossConfig(ignored_pixels=ignored_pixels)
+    whole = pairwise_cost(prediction, batch, MatchingConfig(), loss)
+    monkeypatch.setitem(room._CHUNK_LOGITS, "cpu", 3 * 6 * 8)
+    torch.testing.assert_close(pairwise_cost(prediction, batch, MatchingConfig(), loss).total, whole.total)
 
 
 def test_the_map_is_downsampled_as_torch_does_it():
