@@ -31,7 +31,7 @@ class DataConfig:
     flip: float = 0.5
     """Probability of a horizontal flip (paper: 0.5)."""
     color: bool = True
-    """Colour jitter of SSD: brightness 32, contrast and saturation 0.5-1.5, hue 18 degrees, each with p 0.5 (paper)."""
+    """Colour jitter of SSD: brightness 32, contrast and saturation 0.5-1.5, hue 18 of 180, each with p 0.5 (paper)."""
     shuffle: str = choice("blocks", "full")
     """blocks: permute blocks and the samples inside (sequential reads); full: single samples (small, local sources)."""
     block_samples: int = 128

@@ -120,7 +120,7 @@ class Engine:
             return
         for values in self._optimizer_memory():
             self._torch_optimizer().state[values] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), dtype=torch.float32, device=values.device),
                 **{moment: torch.zeros_like(values) for moment in MOMENTS},
             }
 

@@ -16,8 +16,7 @@ import torch
 
 from mf_scale.data.batch import IGNORE, NO_LABEL
 from mf_scale.data.collate import join
-from mf_scale.data.index import Index
-from mf_scale.data.loader import eval_samples, loss_batches, train_steps
+from mf_scale.data.loader import RankStream, eval_samples, loss_batches, train_steps
 from mf_scale.data.order import SampleOrder, positions
 from mf_scale.data.state import DataState
 from mf_scale.data.storage import Storage
@@ -195,16 +194,19 @@ def test_the_stream_draws_nothing_from_global_generators(index):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == str(np.random.get_state())
 
 
-def test_workers_start_by_spawn_too(index):
+def test_a_stream_travels_to_a_spawned_process(index):
     """Where fork is not the default, all a worker needs travels pickled."""
-    code = multiprocessing.get_context("spawn")
-    with code.Pool(1) as pool:
-        keys = pool.apply(_keys_of_source, (index,))
-    assert keys == steps(index, small_config(), 1)[0][1].keys
+    config = small_config()
+    stream = RankStream(index, open_state(index, config, 4, 5).at(0), config, 5, np.arange(4), 0)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        keys = pool.apply_async(_first_keys, (stream,)).get(timeout=60)
+    assert keys == steps(index, config, 1)[0][1].keys
 
 
-def _keys_of_source(index: Index) -> list[str]:
-    return steps(index, small_config(), 1)[0][1].keys
+def _first_keys(stream: RankStream) -> list[str]:
+    part = next(iter(stream))
+    assert not isinstance(part, Exception)
+    return part.keys
 
 
 @pytest.mark.parametrize(("world", "batch", "count"), [(1, 4, 23), (3, 2, 10), (4, 3, 5), (2, 4, 99)])

@@ -136,7 +136,7 @@ def _halves(left: float, right: float) -> list[list[float]]:
 def test_stuff_of_one_class_is_merged_and_things_are_not() -> None:
     masks = torch.tensor([_halves(HIGH, -HIGH), _halves(-HIGH, HIGH)])
     for thing, count in ((False, 1), (True, 2)):
-        prediction = _from_masks([[8.0, 0.0], [9.0, 0.0]], masks)
+        prediction = _from_masks([[9.0, 0.0], [8.0, 0.0]], masks)
         segment_map, segments = panoptic(prediction, (4, 8), [thing], 0.5, 0.5)[0]
         assert len(segments) == count
         assert set(segment_map.unique().tolist()) == set(range(count))

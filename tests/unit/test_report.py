@@ -142,6 +142,16 @@ def test_a_thousand_classes_stay_readable(run: RunDir) -> None:
     assert len(html) < 1_000_000
 
 
+def test_of_equally_bad_classes_the_most_frequent_comes_last(run: RunDir) -> None:
+    _evaluated(run, "val", ["large", "good", "small"], task="semantic", pictures=0)
+    file = run.report / "evaluation-val.json"
+    results = json.loads(file.read_text())
+    results["semantic"]["per_class"] = {"IoU": [0.0, 0.9, 0.0], "pixels": [90, 5, 5]}
+    file.write_text(json.dumps(results))
+    bars = re.findall(r'<div class="bar"><span title="(\w+)"', write_report(run).read_text())
+    assert bars == ["good", "small", "large"]
+
+
 def test_a_run_without_evaluation_says_what_to_do(run: RunDir) -> None:
     _train(run)
     assert "Not evaluated yet" in _Page(write_report(run).read_text()).text
@@ -161,21 +171,22 @@ def test_headline_counts_restarts_and_skipped_steps() -> None:
         {"event": "step", "step": 1201, "loss": None, "images_per_second": 30.0},
     ]
     cards = {c["name"]: c["value"] for c in headline(records, [{"split": "val", "mIoU": 0.5, "PQ": None}])}
-    assert cards["mIoU, val"] == "50.0" and "PQ, val" not in cards
+    assert cards["mIoU, val"] == "50.0%" and "PQ, val" not in cards
     assert (cards["restarts"], cards["steps skipped"], cards["training loss, last"]) == ("1", "1", "2")
     assert cards["images/s, median"] == "20" and cards["steps"].replace("\u2009", "") == "1201"
 
 
 def test_charts_show_what_was_logged_and_the_resumes() -> None:
-    records: list[dict[str, Any]] = [{"event": "step", "step": i, "loss": 1.0} for i in range(10)]
+    records: list[dict[str, Any]] = [{"event": "step", "step": i, "loss": 1.0 if i % 2 else None} for i in range(10)]
     records += [{"event": "start", "step": 4, "resumed": True}, {"event": "validation", "step": 9, "loss": 2.0}]
     (chart,) = training_charts(records)
     assert [line.name for line in chart.lines] == ["training", "validation"] and chart.resumes == [4]
+    assert chart.lines[0].steps == [1, 3, 5, 7, 9], "a loss that was not finite is null and is left out"
 
 
 def test_a_chart_is_sound_svg_in_the_pages_colours() -> None:
     steps = list(range(5000))
-    lines = [Line("a", steps, [1.0 + s for s in steps]), Line("b", steps[:3], [1.0, float("nan"), 2.0], points=True)]
+    lines = [Line("a", steps, [1.0 + s for s in steps]), Line("b", steps[:3], [1.0, 3.0, 2.0], points=True)]
     svg, png = draw(Chart("x", "A <chart>", "s", lines, [100], log=True))
     ET.fromstring(svg)
     assert "var(--series-0)" in svg and "var(--ink)" in svg and "#2f6fde" not in svg

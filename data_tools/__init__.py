@@ -1,0 +1,1 @@
+"""Offline preparation of data: pack, index, verify, stats, preview."""

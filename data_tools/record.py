@@ -1,0 +1,73 @@
+"""Records: what a dataset format hands to the packer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mf_scale.vocabulary import Vocabulary
+
+
+class BadRecord(Exception):  # noqa: N818 - a finding about the source, collected and told with the others
+    """A record whose files contradict each other; the text says how."""
+
+
+@dataclass(frozen=True)
+class RecordSegment:
+    """One segment of an annotation."""
+
+    label: int
+    layer: int
+    thing: bool
+    crowd: bool
+    source_id: int
+    """The segment's id in the annotation files."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Segments of one image."""
+
+    segment_map: np.ndarray
+    """int32 [L,H,W]: index into segments, NONE or IGNORE."""
+    segments: list[RecordSegment]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with where its annotation is to be found; small, sent to the packing processes."""
+
+    key: str
+    """Unique in the source; no dot, since a dot ends the key in a shard."""
+    image: Path
+    origin: dict[str, Any]
+    """Where the sample comes from; stored with it."""
+    payload: Any
+    """What the format needs to annotate it."""
+
+
+@dataclass(frozen=True)
+class FormatSource:
+    """A source in some format, read so far as its lists go."""
+
+    vocabulary: Vocabulary
+    records: list[Record]
+    annotate: Callable[[Record], Annotation]
+    """Reads the pixels of a record's annotation; a plain function. Raises BadRecord."""
+    fingerprint: str
+    """Changes with the annotation."""
+
+
+def fingerprint(contents: Iterable[Path], sizes: Iterable[Path] = ()) -> str:
+    """sha256 over the contents of some files and the names and sizes of others."""
+    digest = hashlib.sha256()
+    for path in contents:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sizes:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()

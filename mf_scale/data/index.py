@@ -1,0 +1,195 @@
+"""The shard index: `index.json` (head) and `samples.arrow` (one row a sample, memory-mapped) beside the shards.
+
+`data_tools.index` writes it; here it is read and checked. A sample's (offset, size) is the stretch of its shard
+that holds all its members with their tar headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mf_scale.data.storage import Storage
+from mf_scale.errors import UserError
+from mf_scale.vocabulary import Vocabulary
+
+HEAD = "index.json"
+COLUMNS = "samples.arrow"
+FORMAT = "mf_scale-index"
+VERSION = 1
+TREATMENTS = ("none", "ignore")
+"""What crowd and unlabelled pixels become in training: a negative of every segment, or outside the loss."""
+SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32()),
+        pa.field("key", pa.large_string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("class_ids", pa.large_list(pa.int32())),
+        pa.field("segments", pa.int32()),
+    ]
+)
+CHUNK = 8 << 20
+"""Bytes read at once for a checksum."""
+REMEDY = "Make it with `python -m data_tools pack` (or `index` for shards made elsewhere)."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a source."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One row of the index."""
+
+    shard: str
+    key: str
+    offset: int
+    size: int
+    height: int
+    width: int
+    class_ids: list[int]
+    segments: int
+
+
+def head_digest(head: Mapping[str, Any]) -> str:
+    """sha256 of the head without its digest: shards, columns, vocabulary and treatment, so all of the source."""
+    text = json.dumps({k: v for k, v in head.items() if k != "digest"}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Index:
+    """A source opened for reading. Pickles as its path, so worker processes map the columns themselves."""
+
+    def __init__(self, source: str, head: Mapping[str, Any], table: pa.Table) -> None:
+        self.source = source
+        self.storage = Storage(source)
+        self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
+        self.shards = tuple(Shard(**shard) for shard in head["shards"])
+        self.digest = str(head["digest"])
+        self.crowd, self.unlabelled = str(head["crowd"]), str(head["unlabelled"])
+        self.columns = dict(head["columns"])
+        self.table = table
+        self.samples = table.num_rows
+
+    @staticmethod
+    def open(source: str | Path) -> Index:
+        """Open the source (folder or url prefix); raises UserError where its index is missing or malformed."""
+        storage = Storage(str(source))
+        where = f"{storage.source}/{HEAD}"
+        folder = storage.local_path(HEAD)
+        if folder is not None and not folder.is_file():
+            raise UserError("there is no index of shards here", where=where, remedy=REMEDY)
+        try:
+            head = json.loads(storage.read_all(HEAD))
+            _check_head(head, where)
+            index = Index(storage.source, head, _open_table(storage, head["columns"]))
+        except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise UserError(
+                f"the index is malformed: {type(error).__name__} {error}", where=where, remedy=REMEDY
+            ) from error
+        if index.samples != sum(s.samples for s in index.shards) or index.samples == 0:
+            raise UserError("the index counts its samples wrongly or has none", where=where, remedy=REMEDY)
+        return index
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return _reopen, (self.source, self.digest)
+
+    @cached_property
+    def shard_samples(self) -> list[int]:
+        """Samples of each shard, in order."""
+        return [s.samples for s in self.shards]
+
+    def column(self, name: str) -> np.ndarray:
+        """A number column as a view of the mapped file: shard, offset, size, height, width, segments."""
+        return self.table.column(name).chunk(0).to_numpy(zero_copy_only=True)
+
+    def sample(self, i: int) -> SampleRecord:
+        """Row of sample `i`, 0 <= i < samples."""
+        row = {name: self.table.column(name)[i].as_py() for name in SCHEMA.names}
+        return SampleRecord(**{**row, "shard": self.shards[row["shard"]].name})
+
+    def class_counts(self) -> np.ndarray:
+        """Images that hold each class, int64 [K]."""
+        flat = self.table.column("class_ids").chunk(0).flatten().to_numpy()
+        return np.bincount(flat, minlength=len(self.vocabulary)).astype(np.int64)
+
+
+def verify_shards(index: Index, *, checksums: bool) -> None:
+    """Every shard is there with the indexed size (and checksum); UserError naming those that are not."""
+    wrong = [f"{shard.name} {fault}" for shard in index.shards if (fault := _shard_fault(index, shard, checksums))]
+    if wrong:
+        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(
+            f"{len(wrong)} of {len(index.shards)} shards differ from the index: {listed}",
+            where=index.source,
+            remedy="Restore the shards, or pack (or index) the source again.",
+        )
+
+
+def _shard_fault(index: Index, shard: Shard, checksums: bool) -> str:
+    try:
+        size = index.storage.size(shard.name)
+    except UserError:
+        return "is missing or unreadable"
+    if size != shard.size:
+        return f"has {size} bytes instead of {shard.size}"
+    if checksums and checksum(index.storage, shard.name, shard.size) != shard.sha256:
+        return "has another checksum"
+    return ""
+
+
+def checksum(storage: Storage, name: str, size: int) -> str:
+    """sha256 of a file of the source."""
+    digest = hashlib.sha256()
+    for offset in range(0, size, CHUNK):
+        digest.update(storage.read(name, offset, min(CHUNK, size - offset)))
+    return digest.hexdigest()
+
+
+def _reopen(source: str, digest: str) -> Index:
+    index = Index.open(source)
+    if index.digest != digest:
+        raise UserError("the index changed while it was in use", where=source, remedy="Start the run again.")
+    return index
+
+
+def _check_head(head: Mapping[str, Any], where: str) -> None:
+    if head.get("format") != FORMAT or head.get("version") != VERSION:
+        raise UserError(
+            f"this is not an index of version {VERSION}: it says {head.get('format')!r} {head.get('version')!r}",
+            where=where,
+            remedy=REMEDY,
+        )
+    if head["digest"] != head_digest(head):
+        raise UserError("the index was changed by hand: its digest does not fit", where=where, remedy=REMEDY)
+    if head["crowd"] not in TREATMENTS or head["unlabelled"] not in TREATMENTS:
+        raise UserError(f"crowd and unlabelled must be one of {TREATMENTS}", where=where, remedy=REMEDY)
+
+
+def _open_table(storage: Storage, columns: Mapping[str, Any]) -> pa.Table:
+    path = storage.local_path(columns["name"])
+    if storage.size(columns["name"]) != columns["size"]:
+        raise ValueError(f"{columns['name']} does not have the {columns['size']} bytes that {HEAD} says")
+    data = pa.BufferReader(storage.read_all(columns["name"])) if path is None else pa.memory_map(str(path))
+    table = pa.ipc.open_file(data).read_all()
+    if table.schema != SCHEMA or table.column(0).num_chunks != 1:
+        raise ValueError(f"{columns['name']} has other columns than an index has")
+    return table

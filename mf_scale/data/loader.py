@@ -1,0 +1,213 @@
+"""Loader: what the trainer and the evaluator iterate. The order is that of `order`, whoever reads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mf_scale.config.schema import DataConfig
+from mf_scale.data.batch import Batch
+from mf_scale.data.collate import blank_sample, collate, join
+from mf_scale.data.index import Index
+from mf_scale.data.order import SampleOrder, Segment, positions, rank_lanes, worker_share
+from mf_scale.data.reader import SampleReader
+from mf_scale.data.samples import BadSample
+from mf_scale.data.state import DataState
+from mf_scale.data.storage import StorageError
+from mf_scale.data.targets import TargetRules, make_targets
+from mf_scale.data.transforms import fitted_sample, sample_generator, training_sample
+from mf_scale.data.workers import worker_parts
+from mf_scale.errors import UserError
+
+MIB = 1 << 20
+AHEAD = 2
+"""Evaluation items prepared ahead by a thread."""
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """A validation sample at its original size."""
+
+    key: str
+    image: np.ndarray
+    """uint8 [H,W,3], RGB."""
+    segment_map: np.ndarray
+    """int16 [L,H,W]; unlabelled pixels are NONE, crowd segments stay."""
+    labels: np.ndarray
+    """int64 [T]."""
+    segment_layer: np.ndarray
+    """int64 [T]."""
+    crowd: np.ndarray
+    """bool [T]."""
+    weight: int
+    """1, or 0 for a repeat that only keeps the ranks in step."""
+
+
+@dataclass(frozen=True)
+class RankStream(IterableDataset[Any]):
+    """One rank's stream of parts; each worker process yields its share."""
+
+    index: Index
+    segment: Segment
+    config: DataConfig
+    seed: int
+    lanes: np.ndarray
+    step: int
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        """Parts from `step` on, endless. What ends the run travels as an item, so that it arrives as it is."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share = worker_share(self.lanes, worker, workers)
+        order = SampleOrder(self.segment, self.index.shard_samples)
+        reader = make_reader(self.index, self.config)
+        rules = train_rules(self.index, self.config.task)
+        step = self.step + share.first
+        try:
+            while True:
+                yield self._part(step, share.lanes, order, reader, rules)
+                step += share.stride
+        except (UserError, StorageError) as error:
+            yield error
+
+    def _part(
+        self, step: int, lanes: np.ndarray, order: SampleOrder, reader: SampleReader, rules: TargetRules
+    ) -> Batch:
+        stream = positions(self.segment, step)[lanes]
+        samples, keys, events = [], [], []
+        for lane, position, sample_id in zip(lanes, stream, order.sample_ids(stream), strict=True):
+            buffered = int(lane) if self.segment.shuffle == "blocks" else None
+            stored, happened = reader.load(int(sample_id), buffered)
+            generator = sample_generator(self.seed, int(position))
+            samples.append(training_sample(stored, self.config, rules, generator))
+            keys.append(stored.key)
+            events += happened
+        return collate(samples, keys, events)
+
+
+def train_rules(index: Index, task: str) -> TargetRules:
+    """Rules of training targets: crowd and unlabelled as the index says."""
+    return TargetRules(task, np.array(index.vocabulary.things), index.crowd, index.unlabelled)
+
+
+def make_reader(index: Index, config: DataConfig) -> SampleReader:
+    """Reader with the configuration's limits."""
+    return SampleReader(
+        index, block_samples=config.block_samples, budget=config.buffer_mib * MIB, max_pixels=config.max_pixels
+    )
+
+
+def train_steps(
+    index: Index, state: DataState, config: DataConfig, *, seed: int, rank: int, world: int, step: int
+) -> Generator[tuple[int, Batch], None, None]:
+    """Endless (step, this rank's samples of the step in lane order) from `step` on; CPU tensors.
+
+    Workers start at the first `next`; `.close()` ends them quietly. Quarantined samples are in the Batch's events.
+    Raises UserError (a shard that went), GuardError (a block without a good sample), StorageError (reads that
+    failed for good), RuntimeError naming rank and worker where a worker died.
+    """
+    segment = state.at(step)
+    if segment.digest != index.digest:
+        raise UserError("the data state belongs to another index", where=index.source, remedy="Open a segment first.")
+    lanes = rank_lanes(segment.global_batch, rank, world)
+    return _steps(RankStream(index, segment, config, seed, lanes, step), rank)
+
+
+def _steps(stream: RankStream, rank: int) -> Generator[tuple[int, Batch], None, None]:
+    workers = stream.config.workers
+    if workers:
+        parts: Iterator[Any] = worker_parts(stream, workers=workers, prefetch=stream.config.prefetch_steps, rank=rank)
+    else:
+        parts = iter(stream)
+    per_step = max(1, workers) if len(stream.lanes) >= workers else 1
+    step = stream.step
+    try:
+        while True:
+            yield step, join([_unpack(next(parts)) for _ in range(per_step)])
+            step += 1
+    finally:
+        if isinstance(parts, Generator):
+            parts.close()
+
+
+def _unpack(item: Batch | Exception) -> Batch:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
+def loss_batches(index: Index, config: DataConfig, *, count: int, batch: int, rank: int, world: int) -> Iterator[Batch]:
+    """The first `count` samples in fixed geometry (whole, fitted into data.crop), each once over all ranks.
+
+    Ranks get the same number of Batches: surplus places, at the end of a Batch, hold a blank sample with key ""
+    (no segment, every pixel ignored). A sample that does not decode is replaced by one, with its event.
+    """
+    count = min(count, index.samples)
+    places = range(rank, -(-count // world) * world, world)
+    reader, rules = make_reader(index, config), train_rules(index, config.task)
+
+    def make(sample_ids: range) -> Batch:
+        samples, keys, events = [], [], []
+        for sample_id in (i for i in sample_ids if i < count):
+            try:
+                stored = reader.load_exact(sample_id)
+            except BadSample as bad:
+                events.append(reader.event(sample_id, str(bad), ""))
+                continue
+            samples.append(fitted_sample(stored, config.crop, rules))
+            keys.append(stored.key)
+        blanks = len(sample_ids) - len(samples)
+        return collate(samples + [blank_sample(config.crop)] * blanks, keys + [""] * blanks, events)
+
+    return _ahead(make, [places[i : i + batch] for i in range(0, len(places), batch)])
+
+
+def eval_samples(index: Index, config: DataConfig, *, rank: int, world: int) -> Iterator[EvalSample]:
+    """Samples rank, rank + world, … whole; every rank yields as many, the last round padded with weight 0.
+
+    Raises UserError for a sample that does not decode: an evaluation that leaves one out is another evaluation.
+    """
+    reader = make_reader(index, config)
+    rules = TargetRules(config.task, np.array(index.vocabulary.things), crowd="keep", unlabelled="none")
+
+    def make(place: int) -> EvalSample:
+        try:
+            stored = reader.load_exact(place % index.samples)
+        except BadSample as bad:
+            record = index.sample(place % index.samples)
+            raise UserError(
+                f"sample {record.key} does not decode: {bad}",
+                where=f"{index.source}, {record.shard} at byte {record.offset}",
+                remedy="Pack the source again; `python -m data_tools verify` lists all such samples.",
+            ) from bad
+        made = make_targets(stored.stored_map, stored, rules)
+        weight = int(place < index.samples)
+        return EvalSample(
+            stored.key, stored.image, made.segment_map, made.labels, made.segment_layer, made.crowd, weight
+        )
+
+    return _ahead(make, range(rank, -(-index.samples // world) * world, world))
+
+
+def _ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
+    """`make` of every item, in order, some of them ahead in one thread (the reader is not for several)."""
+    pending: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(make, item))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

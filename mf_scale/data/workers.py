@@ -1,0 +1,73 @@
+"""Workers: the parts of a stream from loader processes, taken in turn, so in an order that no timing changes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Generator
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask the trainer to stop; a worker that died of one would take the last save with it."""
+
+
+def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, rank: int) -> Generator[Any, None, None]:
+    """Items of the stream's copies in `workers` processes, round robin; `prefetch` items ahead in each.
+
+    Raises RuntimeError naming rank and worker where one died, within seconds. `.close()` ends them quietly.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.workers is the user's to set
+        loader: DataLoader[Any] = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            collate_fn=_as_is,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
+        )
+        iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's own handler would raise in the middle of whatever the trainer is doing; `next` finds out as well
+        signal.signal(signal.SIGCHLD, handler)
+    processes = list(getattr(iterator, "_workers", []))
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except RuntimeError as error:
+                raise _report_dead(processes, rank, error) from error
+            yield item
+    finally:
+        del iterator  # asks the processes to leave and waits some seconds for each
+        for process in processes:
+            if process.is_alive():  # it sits in a read that is being retried, and ignores the gentler signals
+                process.kill()
+
+
+def _report_dead(processes: list[Any], rank: int, error: RuntimeError) -> RuntimeError:
+    dead = [f"{i} (pid {p.pid}, exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+    if not dead:
+        return error
+    return RuntimeError(
+        f"rank {rank}: data worker {', '.join(dead)} died; the usual cause is memory: "
+        "lower data.workers, data.prefetch_steps or data.buffer_mib"
+    )
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    for number in SHIELDED:
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
