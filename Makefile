@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (first run: two to four minutes, mostly downloading torch)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing (Debian: apt-get install python3-venv)"; exit 2; }
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[demo,test,dev]'
-	@touch $@
+	@( while sleep 5; do printf .; done ) & dots=$$!; trap 'kill $$dots' EXIT; \
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --editable '.[demo,test,dev]'
+	@touch $@; echo " done"
 
 demo: $(STAMP) ## pack, train (stopped and resumed), evaluate, report on real images: under 6 minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
@@ -42,6 +43,7 @@ soak: $(STAMP) ## long random-fault schedules: FAULTS=20
 
 constraints: $(STAMP) ## renew constraints.txt from the installed versions (after the tests passed)
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v '@ file'; } > constraints.new && mv constraints.new constraints.txt
+	@touch $(STAMP)
 
 clean: ## remove the virtual environment and what the demo made
 	rm -rf $(VENV) runs data

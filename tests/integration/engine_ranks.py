@@ -14,7 +14,7 @@ from mf_scale.config.load import load_config
 from mf_scale.config.validate import plan_batch
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
-from mf_scale.distributed.env import world_from_environment
+from mf_scale.distributed.env import World, world_from_environment
 from mf_scale.training.moments import moments_file, read_moments, write_moments
 from mf_scale.training.optimizer import build_optimizer
 
@@ -36,39 +36,47 @@ class Net(nn.Module):
 
 
 def main() -> None:
-    options = json.loads(sys.argv[1])
+    folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = world_from_environment()
-    overrides = [f"zero.stage={options['stage']}", f"train.precision={options['precision']}", *options["overrides"]]
-    config = load_config(None, ["train.global_batch=8", "optimizer.lr=0.01", "optimizer.clip_norm=0.5", *overrides])
     with comm.process_group(world, timeout=60) as device:
-        torch.manual_seed(0)
-        model = Net().train()
-        # Batch statistics depend on how the batch is cut: frozen, so that every layout computes the same.
-        model.backbone[1].eval()
-        folder = Path(options["folder"])
-        if options.get("load"):
-            model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-        optimizer = build_optimizer(model, config.optimizer)
-        plan = plan_batch(config, world.size)
-        engine = Engine(model.to(device), optimizer, config, plan, world)
-        if options.get("load"):
-            engine.prepare_moments(options["load"])
-            read_moments(engine.needed_fragments(), folder)
-        outcomes = [_step(engine, plan, world, step, options) for step in range(*options["steps"])]
-        if options.get("save"):
-            write_moments(engine.owned_fragments(), folder / moments_file(world.rank, world.size))
+        for name, options in scenarios.items():
+            result = scenario(folder, options, world, device)
             if world.first:
-                torch.save(engine.module.state_dict(), folder / "weights.pt")
-            comm.barrier()
-        weights = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
-        digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+                print("RESULT" + json.dumps({name: result}), flush=True)
+
+
+def scenario(folder: Path, options: dict, world: World, device: torch.device) -> dict:
+    """Train `steps` of a model, from the saved state `load` if named, and leave it as `save` if named."""
+    fixed = ["train.global_batch=8", "optimizer.lr=0.01", "optimizer.clip_norm=0.5"]
+    layout = {"zero.stage": options["stage"], "train.micro_batch": options["micro"]}
+    precision = options.get("precision", "fp32")
+    config = load_config(None, [*fixed, f"train.precision={precision}", *(f"{k}={v}" for k, v in layout.items())])
+    torch.manual_seed(0)
+    model = Net().train()
+    # Batch statistics depend on how the batch is cut: frozen, so that every layout computes the same.
+    model.backbone[1].eval()
+    saved = folder / str(options.get("load"))
+    if "load" in options:
+        model.load_state_dict(torch.load(saved / "weights.pt", weights_only=True))
+    plan = plan_batch(config, world.size)
+    engine = Engine(model.to(device), build_optimizer(model, config.optimizer), config, plan, world)
+    if "load" in options:
+        engine.prepare_moments(options["steps"][0])
+        read_moments(engine.needed_fragments(), saved)
+    outcomes = [_step(engine, plan, world, step, options) for step in range(*options["steps"])]
+    if "save" in options:
+        target = folder / options["save"]
+        target.mkdir(exist_ok=True)
+        write_moments(engine.owned_fragments(), target / moments_file(world.rank, world.size))
         if world.first:
-            applied = [outcome.applied for outcome in outcomes]
-            norms = [outcome.grad_norm for outcome in outcomes]
-            print(
-                "RESULT"
-                + json.dumps({"digest": digest, "weights": weights.tolist(), "applied": applied, "norms": norms})
-            )
+            torch.save(engine.module.state_dict(), target / "weights.pt")
+        comm.barrier()
+    weights = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+    return {
+        "digest": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+        "weights": weights.tolist(),
+        "applied": [outcome.applied for outcome in outcomes],
+    }
 
 
 def _step(engine: Engine, plan, world, step: int, options: dict):
