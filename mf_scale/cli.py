@@ -85,6 +85,7 @@ def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
 def _add_predict(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(commands, "predict", "segment images with a run or checkpoint", _predict)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    command.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="settings", help=_OVERRIDES)
     command.add_argument("--run", required=True, metavar="RUN", help="run directory or checkpoint folder")
     command.add_argument("--task", choices=("semantic", "panoptic"), default="panoptic", help="default: panoptic")
     command.add_argument("--out", required=True, metavar="DIR", help="folder for overlays, maps and segment lists")
@@ -140,7 +141,7 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 def _predict(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.evaluation.predict import predict_images
 
-    return predict_images(options.images, options.run, options.out, task=options.task)
+    return predict_images(options.images, options.run, options.out, task=options.task, overrides=options.settings)
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:

@@ -71,8 +71,9 @@ class Recorder:
         """Leave the live line standing, let W&B finish within its time limit."""
         if self._progress:
             self._progress.close()
-        if self._wandb:
-            self._wandb.finish(exit_code)
+        lost = self._wandb.finish(exit_code) if self._wandb else None
+        if lost:
+            self.note(lost)
         if self._log:
             self._log.close()
 

@@ -17,7 +17,7 @@ labels = arrays(np.int64, 4, elements=st.integers(0, CLASSES - 1))
 flags = arrays(bool, 4)
 
 
-def _slow(predicted, predicted_labels, truth, truth_labels, crowd):  # type: ignore[no-untyped-def]
+def _slow(predicted, predicted_labels, truth, truth_labels, crowd):
     """The definition, with sets of pixels: (IoU sum, tp, fp, fn) of each class."""
     pixels = [(y, x) for y in range(SIZE[0]) for x in range(SIZE[1])]
     void = {p for p in pixels if truth[p] < 0}
@@ -49,7 +49,7 @@ def _slow(predicted, predicted_labels, truth, truth_labels, crowd):  # type: ign
 
 @settings(max_examples=150, deadline=None)
 @given(maps, labels, maps, labels, flags)
-def test_panoptic_counts_are_the_definition(predicted, predicted_labels, truth, truth_labels, crowd) -> None:  # type: ignore[no-untyped-def]
+def test_panoptic_counts_are_the_definition(predicted, predicted_labels, truth, truth_labels, crowd) -> None:
     counts = PanopticCounts(CLASSES, [True, False, True])
     counts.update(predicted, predicted_labels, truth, truth_labels, crowd)
     for label, (iou, *others) in enumerate(_slow(predicted, predicted_labels, truth, truth_labels, crowd)):
@@ -59,7 +59,7 @@ def test_panoptic_counts_are_the_definition(predicted, predicted_labels, truth, 
 
 @settings(max_examples=60, deadline=None)
 @given(labels, flags, maps)
-def test_the_truth_as_prediction_is_perfect(truth_labels, crowd, truth) -> None:  # type: ignore[no-untyped-def]
+def test_the_truth_as_prediction_is_perfect(truth_labels, crowd, truth) -> None:
     counts = PanopticCounts(CLASSES, [True, False, True])
     counts.update(truth, truth_labels, truth, truth_labels, crowd)
     assert counts.results()["all"]["PQ"] in (1.0, None)
@@ -67,7 +67,7 @@ def test_the_truth_as_prediction_is_perfect(truth_labels, crowd, truth) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(maps, maps), min_size=1, max_size=3))
-def test_semantic_counts_are_the_confusion_matrix(images) -> None:  # type: ignore[no-untyped-def]
+def test_semantic_counts_are_the_confusion_matrix(images) -> None:
     counts = SemanticCounts(4)
     matrix = np.zeros((4, 5), dtype=np.int64)
     for predicted, raw_truth in images:

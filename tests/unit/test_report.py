@@ -162,6 +162,13 @@ def test_nothing_to_report_is_a_users_mistake(run: RunDir) -> None:
         write_report(run)
 
 
+def test_a_picture_that_is_gone_is_a_users_mistake(run: RunDir) -> None:
+    _evaluated(run, "val", ["cat", "dog", "sky"])
+    (run.report / "val-00-image.png").unlink()
+    with pytest.raises(UserError, match=r"val-00-image\.png"):
+        write_report(run)
+
+
 def test_headline_counts_restarts_and_skipped_steps() -> None:
     records = [
         {"event": "start", "step": 0, "resumed": False},

@@ -1,0 +1,47 @@
+"""A trained model from a run directory or one checkpoint folder, ready for inference; DeepSpeed is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mf_scale.config.load import load_config
+from mf_scale.config.schema import Config
+from mf_scale.config.validate import check_vocabulary, validate
+from mf_scale.models.maskformer import MaskFormer, build_model
+from mf_scale.models.weights import load_weights
+from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, read_json, resolve_checkpoint
+from mf_scale.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint in memory."""
+
+    model: MaskFormer
+    """In eval mode, fp32, on the wanted device."""
+    config: Config
+    """The checkpoint's configuration with the overrides."""
+    vocabulary: Vocabulary
+    step: int
+    """Steps it was trained."""
+    run_dir: Path | None
+    """None for a checkpoint folder outside a run."""
+    checkpoint: Path
+
+
+def load_model(path: str, overrides: Sequence[str], device: torch.device) -> LoadedModel:
+    """Load the newest sound checkpoint of a run, or the one given; raises UserError for whatever does not fit."""
+    run_dir, folder = resolve_checkpoint(path)
+    config = load_config(folder / CONFIG, overrides)
+    validate(config)
+    vocabulary = Vocabulary.load(folder / VOCABULARY)
+    classes = check_vocabulary(config, vocabulary, where=str(folder / VOCABULARY))
+    bare = replace(config.model, backbone=replace(config.model.backbone, weights="none"))
+    model = build_model(bare, classes, seed=config.seed)
+    load_weights(model, folder / WEIGHTS)
+    step = int(read_json(folder / STATE).get("step", 0))
+    return LoadedModel(model.to(device).eval(), config, vocabulary, step, run_dir, folder)

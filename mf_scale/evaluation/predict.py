@@ -1,0 +1,152 @@
+"""Prediction on image files: an overlay with legend (PNG), a 16-bit segment map (PNG) and its segments (JSON) each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from mf_scale.data.decode import IMAGE_FORMATS, UNREADABLE
+from mf_scale.errors import EXIT_USER, UserError
+from mf_scale.evaluation.forward import answer
+from mf_scale.evaluation.loading import LoadedModel, load_model
+from mf_scale.rundir import disk_errors, write_atomically
+from mf_scale.tracking.pictures import Segmentation, add_legend, draw_segments, write_png
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Files taken from a folder."""
+
+
+def predict_images(images: Sequence[str], run: str, out: str, *, task: str, overrides: Sequence[str] = ()) -> int:
+    """Predict every image of files and folders into folder `out` (task: semantic or panoptic); the exit code.
+
+    An input that is no image is a UserError where it is the only one; among several it is told at the end with exit
+    code 2, and the others are done.
+    """
+    files = list(_files(images))
+    if not files:
+        raise UserError(
+            "there is no image in what was given",
+            where=" ".join(images),
+            remedy=f"Images end in {', '.join(SUFFIXES)}.",
+        )
+    folder = Path(out)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(run, overrides, device)
+    refused: list[UserError] = []
+    empty: list[str] = []
+    every = 0.2 if sys.stderr.isatty() else 15.0
+    for file, name in tqdm(
+        list(zip(files, _names(files), strict=True)), desc="predict", unit="image", mininterval=every
+    ):
+        try:
+            image = read_image(file, loaded.config.data.max_pixels)
+        except UserError as error:
+            refused.append(error)
+            continue
+        if not _predict(loaded, image, file, folder / name, task):
+            empty.append(str(file))
+    if len(files) == 1 and refused:
+        raise refused[0]
+    print(f"{len(files) - len(refused)} of {len(files)} images predicted into {folder}")
+    if empty:
+        limit = loaded.config.eval.object_threshold
+        print(f"no segment is above eval.object_threshold={limit:g} in {len(empty)} of them: {', '.join(empty[:5])}")
+    for refusal in refused:
+        print(f"mf-scale: {refusal}", file=sys.stderr)
+    return EXIT_USER if refused else 0
+
+
+def read_image(file: Path, max_pixels: int) -> NDArray[np.uint8]:
+    """An image file as uint8 [H,W,3] RGB, upright (its EXIF orientation carried out); raises UserError naming it."""
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(
+                    f"the image has {width}x{height} pixels, above the limit of {max_pixels}",
+                    where=str(file),
+                    remedy="Make it smaller.",
+                )
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError("the image does not exist", where=str(file), remedy="Check the path.") from error
+    except UNREADABLE as error:
+        raise UserError(
+            f"this is no image that can be read: {error}", where=str(file), remedy="Give JPEG, PNG or WebP files."
+        ) from error
+
+
+def _predict(loaded: LoadedModel, image: NDArray[np.uint8], file: Path, target: Path, task: str) -> int:
+    """Predict one image and write its three files; the number of segments found."""
+    said = answer(loaded.model, image, loaded.config)
+    names, things = loaded.vocabulary.names, loaded.vocabulary.things
+    if task == "semantic":
+        segment_map: NDArray[Any] = said.semantic()
+        segments = [{"label": k, "thing": things[k]} for k in range(len(names))]
+    else:
+        segment_map, segments = said.panoptic(things, loaded.config)
+    labels = np.array([s["label"] for s in segments], dtype=np.int64)
+    areas = np.bincount(segment_map[segment_map >= 0].ravel(), minlength=len(segments))
+    listed = [
+        {"id": i + 1, "class": names[s["label"]], **s, "area": int(areas[i])}
+        for i, s in enumerate(segments)
+        if areas[i]
+    ]
+    summary = {
+        "image": str(file),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "task": task,
+        "checkpoint": str(loaded.checkpoint),
+        "void": {"id": 0, "area": int((segment_map < 0).sum())},
+        "segments": listed,
+    }
+    shown = np.unique(labels[areas > 0]).tolist()
+    by_area = sorted(shown, key=lambda k: -int(areas[labels == k].sum()))
+    overlay = add_legend(draw_segments(image, Segmentation(segment_map, labels), names), by_area, names)
+    write_png(target.with_name(f"{target.name}.overlay.png"), overlay)
+    write_png(target.with_name(f"{target.name}.map.png"), _ids(segment_map))
+    write_atomically(target.with_name(f"{target.name}.json"), json.dumps(summary, indent=1, ensure_ascii=False))
+    return len(listed)
+
+
+def _ids(segment_map: NDArray[Any]) -> NDArray[np.uint16]:
+    """Map values as written: 0 void, else index + 1 (semantic: class + 1)."""
+    if segment_map.max(initial=0) >= np.iinfo(np.uint16).max:
+        raise UserError("the vocabulary has more classes than a 16-bit map can hold", remedy="Use --task panoptic.")
+    return (segment_map + 1).astype(np.uint16)
+
+
+def _files(images: Sequence[str]) -> Iterator[Path]:
+    """Files as given, folders by their images in order of name."""
+    for given in images:
+        path = Path(given)
+        if path.is_dir():
+            yield from sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+        else:
+            yield path
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A name for each file's results: its stem, numbered where several files share it."""
+    taken: set[str] = set()
+    names = []
+    for file in files:
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names

@@ -1,0 +1,84 @@
+"""What an evaluation leaves: JSON and pictures in the report folder, an event, a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from mf_scale.distributed import comm
+from mf_scale.rundir import RunDir, disk_errors, write_atomically
+from mf_scale.tracking.metrics import MetricsLog
+from mf_scale.tracking.pictures import Picture, write_png
+
+_SEMANTIC_COLUMNS = {"mIoU": "mIoU", "pixel_accuracy": "pixel acc.", "mean_accuracy": "mean acc."}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample in pictures, on the rank that evaluated it."""
+
+    position: int
+    key: str
+    views: list[tuple[str, Picture]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of one split; `pictures` holds this rank's part."""
+
+    results: dict[str, Any]
+    pictures: list[Shown] = field(default_factory=list)
+
+
+def make_room(run: RunDir, split: str) -> None:
+    """The report folder without this split's old pictures: what cannot be written is found before the work."""
+    with disk_errors(run.report):
+        run.report.mkdir(parents=True, exist_ok=True)
+        for old in run.report.glob(f"{split}-[0-9]*.png"):
+            old.unlink()
+
+
+def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
+    """Write RUN/report/evaluation-SPLIT.json, its pictures and the `evaluation` event; called by all ranks."""
+    split = evaluation.results["split"]
+    mine = []
+    for shown in evaluation.pictures:
+        files = []
+        for title, picture in shown.views:
+            name = f"{split}-{shown.position:02d}-{title.replace(', ', '-').replace(' ', '-')}.png"
+            write_png(run.report / name, picture)
+            files.append({"title": title, "file": name})
+        mine.append({"position": shown.position, "key": shown.key, "views": files})
+    gathered = comm.gather_objects(mine)
+
+    def write() -> None:
+        pictures = sorted((p for part in gathered or [] for p in part), key=lambda p: p["position"])
+        results = {"step": step, **evaluation.results, "pictures": pictures}
+        run.report.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.report / f"evaluation-{split}.json", json.dumps(results, indent=1))
+        log = MetricsLog(run.metrics)
+        numbers = {name: results[name] for name in ("split", "samples", "mIoU", "PQ", "images_per_second")}
+        log.write("evaluation", step, **numbers)
+        log.close()
+
+    comm.on_first_rank(write)
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The numbers of one split for a terminal, in percent."""
+    cells = [("split", results["split"]), ("images", f"{results['samples']:,}")]
+    if "semantic" in results:
+        cells += [(name, _percent(results["semantic"][key])) for key, name in _SEMANTIC_COLUMNS.items()]
+    if "panoptic" in results:
+        cells += [(name, _percent(results["panoptic"]["all"][name])) for name in ("PQ", "SQ", "RQ")]
+        cells += [(f"PQ {group}", _percent(results["panoptic"][group]["PQ"])) for group in ("things", "stuff")]
+    cells.append(("images/s", f"{results['images_per_second']:.2f}"))
+    widths = [max(len(head), len(value)) for head, value in cells]
+    return "\n".join(
+        "  ".join(f"{cell[row]:>{width}}" for cell, width in zip(cells, widths, strict=True)) for row in (0, 1)
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"

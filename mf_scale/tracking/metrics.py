@@ -1,0 +1,128 @@
+"""metrics.jsonl, the truth about a run: append-only, one JSON object a line, replayed steps supersede the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mf_scale.rundir import disk_errors
+
+DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "stop"})
+"""Events after which the file is forced to the disk: what a committed checkpoint claims is then in the file too."""
+PROCESS_EVENTS = frozenset({"start", "stop"})
+"""Events of a process, not of the series of steps: a rollback does not undo that they happened."""
+_TAIL_BYTES = 1 << 16
+
+
+class MetricsLog:
+    """The writer of one metrics.jsonl; one process writes. A torn last line is dropped on opening."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open or create the file; raises UserError where it cannot be written."""
+        self.path = Path(path)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            end = _end_of_last_line(self._file)
+            if end < os.fstat(self._file).st_size:
+                os.ftruncate(self._file, end)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one line with "event", "step", "time" (Unix seconds) and `values`; raises UserError on a full disk.
+
+        Non-finite floats become null and their names stand in "nonfinite", so that every line is valid JSON.
+        """
+        line = (json.dumps(_record(event, step, values), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        start = os.fstat(self._file).st_size
+        with disk_errors(self.path):
+            try:
+                while line:  # one write for all but a disk that fills up in the middle of it
+                    line = line[os.write(self._file, line) :]
+                if event in DURABLE_EVENTS:
+                    os.fsync(self._file)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, start)
+                raise
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Every line that still holds, in order; [] where there is no file.
+
+    A `start` line takes the run back to its step: lines of later steps written before it are superseded.
+    A torn last line is left out; other unreadable lines are left out with a warning.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    kept: list[dict[str, Any]] = []
+    unreadable = 0
+    for line in lines[:-1]:
+        record = _parse(line)
+        if record is None:
+            unreadable += bool(line.strip())
+            continue
+        if record["event"] == "start":
+            kept = [r for r in kept if r["step"] <= record["step"] or r["event"] in PROCESS_EVENTS]
+        kept.append(record)
+    if unreadable:
+        logging.getLogger(__name__).warning("%s: %d unreadable lines are left out", path, unreadable)
+    return kept
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    sound = isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("step"), int)
+    return record if sound else None
+
+
+def _record(event: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    nonfinite: list[str] = []
+    plain = {name: _plain(value, name, nonfinite) for name, value in values.items()}
+    record = {"event": event, "step": int(step), "time": round(time.time(), 3), **plain}
+    return {**record, "nonfinite": nonfinite} if nonfinite else record
+
+
+def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
+    """JSON form of `value`: mappings, sequences, paths, numpy and torch scalars; notes non-finite floats by name."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{name}.{k}", nonfinite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{name}.{i}", nonfinite) for i, v in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite.append(name)
+        return None
+    return value
+
+
+def _end_of_last_line(file: int) -> int:
+    """Length of the file up to and with its last newline."""
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - _TAIL_BYTES)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
