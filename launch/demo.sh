@@ -31,8 +31,8 @@ wait "$training"
 trap - EXIT
 
 heading "3/5 evaluate: the training images it has seen, and 13 it has not"
-show mf-scale evaluate "$run" --split train
-show mf-scale evaluate "$run" --split val
+show mf-scale evaluate "$run" --split train --processes 2
+show mf-scale evaluate "$run" --split val --processes 2
 
 heading "4/5 predict: overlays with class names, raw maps, segment lists"
 show mf-scale predict data_tools/sample/coco_panoptic/val --run "$run" --out "$run/predictions"

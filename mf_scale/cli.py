@@ -145,10 +145,17 @@ def _predict(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.evaluation.results import run_table
     from mf_scale.rundir import RunDir
-    from mf_scale.tracking.report import write_report
+    from mf_scale.tracking.metrics import read_metrics
+    from mf_scale.tracking.report import headline, write_report
 
-    print(write_report(RunDir(Path(options.run))))
+    run = RunDir(Path(options.run))
+    page = write_report(run)
+    for card in headline(read_metrics(run.metrics), []):
+        print(f"{card['name']:<22}{card['value']}")
+    print(run_table(run))
+    print(f"report: {page}")
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mf_scale.distributed import comm
-from mf_scale.rundir import RunDir, disk_errors, write_atomically
+from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
 from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.tracking.pictures import Picture, write_png
 
@@ -65,19 +66,30 @@ def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
     comm.on_first_rank(write)
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """The numbers of one split for a terminal, in percent."""
-    cells = [("split", results["split"]), ("images", f"{results['samples']:,}")]
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """The numbers of splits for a terminal, a line each, in percent; empty without a split."""
+    rows = [_cells(one) for one in results]
+    if not rows:
+        return ""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    lines = [heads, *([row.get(head, "-") for head in heads] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def run_table(run: RunDir) -> str:
+    """The table of all splits that `evaluate` has left in a run."""
+    return results_table([read_json(file) for file in sorted(run.report.glob("evaluation-*.json"))])
+
+
+def _cells(results: dict[str, Any]) -> dict[str, str]:
+    cells = {"split": results["split"], "images": f"{results['samples']:,}"}
     if "semantic" in results:
-        cells += [(name, _percent(results["semantic"][key])) for key, name in _SEMANTIC_COLUMNS.items()]
+        cells |= {name: _percent(results["semantic"][key]) for key, name in _SEMANTIC_COLUMNS.items()}
     if "panoptic" in results:
-        cells += [(name, _percent(results["panoptic"]["all"][name])) for name in ("PQ", "SQ", "RQ")]
-        cells += [(f"PQ {group}", _percent(results["panoptic"][group]["PQ"])) for group in ("things", "stuff")]
-    cells.append(("images/s", f"{results['images_per_second']:.2f}"))
-    widths = [max(len(head), len(value)) for head, value in cells]
-    return "\n".join(
-        "  ".join(f"{cell[row]:>{width}}" for cell, width in zip(cells, widths, strict=True)) for row in (0, 1)
-    )
+        cells |= {name: _percent(results["panoptic"]["all"][name]) for name in ("PQ", "SQ", "RQ")}
+        cells |= {f"PQ {group}": _percent(results["panoptic"][group]["PQ"]) for group in ("things", "stuff")}
+    return cells | {"images/s": f"{results['images_per_second']:.2f}"}
 
 
 def _percent(value: float | None) -> str:

@@ -52,7 +52,7 @@ def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: st
         evaluation = evaluate(loaded.model, index, loaded.config, world, split=split, pictures=PICTURES if run else 0)
         if run is not None:
             save_evaluation(run, evaluation, step=loaded.step)
-    return results_table(evaluation.results)
+    return results_table([evaluation.results])
 
 
 def evaluate(

@@ -106,7 +106,7 @@ def test_pictures_show_truth_and_prediction_alike(index: Index) -> None:
 
 def test_the_table_shows_percent(index: Index) -> None:
     results = _evaluate(index).results
-    head, row = results_table(results).splitlines()
+    head, row = results_table([results]).splitlines()
     assert head.split()[:3] == ["split", "images", "mIoU"] and "PQ things" in head and "images/s" in head
     assert row.split()[2] == f"{100 * results['mIoU']:.2f}"
     assert len(head) == len(row)
