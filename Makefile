@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up all they need; the second run reuses it.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -34,6 +34,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@git rev-parse --git-dir >/dev/null 2>&1 || exit 0; $(BIN)/pre-commit run --all-files
 
 unit: $(STAMP)
 	@$(BIN)/python -m pytest tests/unit tests/property

@@ -7,14 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from mf_scale.distributed.env import RENDEZVOUS, World
-from mf_scale.errors import UserError
+from mf_scale.errors import GuardError, UserError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -109,6 +111,27 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
         what, where, remedy = answer["error"]
         raise agreed(UserError(what, where=where, remedy=remedy))
     return answer["result"]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; where it is a UserError on some, all raise the lowest rank's and rank 0 says it."""
+    failure: UserError | None = None
+    try:
+        result = action()
+    except UserError as error:
+        if not _several():
+            raise
+        failure = error
+    if not _several():
+        return result
+    told = None if failure is None else [failure.exit_code, failure.what, failure.where, failure.remedy]
+    parts = gather_objects(told)
+    first = broadcast_object(next((part for part in parts if part), None) if parts is not None else None)
+    if first is not None:
+        code, what, where, remedy = first
+        kind = GuardError if code == GuardError.exit_code else UserError
+        raise agreed(kind(what, where=where, remedy=remedy)) from failure
+    return result
 
 
 def agreed(error: UserError) -> UserError:

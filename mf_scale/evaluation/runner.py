@@ -44,8 +44,8 @@ class _Counts:
 def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: str) -> str:
     """Evaluate a run or checkpoint on its `split` source; writes results into the run and returns a table to print."""
     with comm.process_group(world, timeout=_PATIENCE) as device:
-        loaded = load_model(path, overrides, device)
-        index = _open_source(loaded, split)
+        loaded = comm.together(lambda: load_model(path, overrides, device))
+        index = comm.together(lambda: _open_source(loaded, split))
         run = RunDir(loaded.run_dir) if loaded.run_dir else None
         if run is not None:
             comm.on_first_rank(lambda: make_room(run, split))

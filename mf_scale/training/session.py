@@ -80,9 +80,9 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
     lock: list[int] = []
     try:
         found = comm.on_first_rank(lambda: _prepare(config, run, world, lock))
-        index = Index.open(str(config.data.train))
+        index = comm.together(lambda: Index.open(str(config.data.train)))
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
-        model = _build_model(config, index.vocabulary, checkpoint)
+        model = comm.together(lambda: _build_model(config, index.vocabulary, checkpoint))
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
         groups = group_table(optimizer.param_groups)
@@ -92,7 +92,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         state, message = _state(config, index, checkpoint)
         if checkpoint is not None:
             engine.prepare_moments(state.updates)
-            read_moments(engine.needed_fragments(), checkpoint)
+            comm.together(lambda: read_moments(engine.needed_fragments(), checkpoint))
         yield Session(
             config=config,
             world=world,

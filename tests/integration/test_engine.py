@@ -30,7 +30,7 @@ def two_ranks() -> dict[str, Any]:
         scenarios[f"{name} poisoned"] = {**here, "steps": [0, 5], "poison": 4}
     for name, precision in RESUMED:
         stage, micro = LAYOUTS_2[name]
-        here = {"stage": stage, "micro": micro, "precision": precision}
+        here: dict[str, Any] = {"stage": stage, "micro": micro, "precision": precision}
         tag = f"{name} {precision}"
         scenarios[f"{tag} whole"] = {**here, "steps": [0, 5]}
         scenarios[f"{tag} first"] = {**here, "steps": [0, 3], "save": tag}

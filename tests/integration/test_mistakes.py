@@ -97,10 +97,12 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, packed, capsys):
 
 
 def test_all_ranks_hear_of_it_and_one_speaks(tmp_path, packed):
-    done = Run(tmp_path / "run", packed).train(f"data.train={tmp_path}/nowhere")
-    assert done.returncode == 2
-    assert done.stderr.count("mf-scale: ") == 1
-    assert "Traceback" not in done.stderr
+    """Once where rank 0 looked alone, once where every rank fell over it."""
+    for mistake in (f"data.train={tmp_path}/nowhere", "model.backbone.name=resnet_50"):
+        done = Run(tmp_path / "run", packed).train(mistake)
+        assert done.returncode == 2
+        assert done.stderr.count("mf-scale: ") == 1, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_too_many_bad_samples_stop_the_run_with_3(tmp_path, packed):
