@@ -40,6 +40,7 @@ unit: $(STAMP)
 	@$(BIN)/python -m pytest tests/unit tests/property
 
 soak: $(STAMP) ## long random-fault schedules: FAULTS=20
+	@HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/property --timeout 1800
 	@$(BIN)/python -m pytest tests -m soak --faults $(or $(FAULTS),20)
 
 constraints: $(STAMP) ## renew constraints.txt from the installed versions (after the tests passed)

@@ -5,6 +5,9 @@ Works in the dtype of its inputs (fp32 or fp64), differentiable by autograd. Sou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,8 +84,12 @@ def reference_loss(
     class_weight: float,
     loss: LossConfig,
     matching: MatchingConfig,
+    assign: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = solve,
 ) -> dict[str, Tensor]:
-    """class, focal and dice of a batch, weighted, normalised and summed over layers, on the CPU."""
+    """class, focal and dice of a batch, weighted, normalised and summed over layers, on the CPU.
+
+    `assign` takes the cost [Q,T] of each layer and, within it, each image, and gives matched queries and segments.
+    """
     size = batch.segment_map.shape[-2:]
     terms = {name: prediction.pixel_embeddings.new_zeros(()) for name in ("class", "focal", "dice")}
     for layer in prediction.layers():
@@ -93,7 +100,7 @@ def reference_loss(
             cost = matching_cost(class_logits, mask_logits[image], batch, image, matching, loss)
             counted = counted_pixels(segment_map, loss.ignored_pixels)
             targets = torch.full((len(class_logits),), class_logits.shape[-1] - 1)
-            for query, segment in zip(*solve(cost.detach().numpy()), strict=True):
+            for query, segment in zip(*assign(cost.detach().numpy()), strict=True):
                 targets[query] = batch.labels[image, segment]
                 mask = dense_mask(segment_map, int(batch.segment_layer[image, segment]), int(segment))
                 focal = focal_loss(upsampled[image, query], mask, counted, loss.focal_alpha, loss.focal_gamma)

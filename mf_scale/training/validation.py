@@ -72,7 +72,7 @@ def _batch_sums(engine: Engine, criterion: Criterion, batch: Batch, config: Conf
     kept = cut(batch, 0, max(real, 1))
     micro = to_device(kept, device)
     losses = criterion(engine.forward(micro.images), micro, Normalisers(1.0, 1.0))
-    bad = len(batch.events)
+    bad = sum(event["event"] == "quarantine" for event in batch.events)
     if not real:
         return np.array([*(0.0 for _ in TERMS), 0.0, 0.0, bad])
     totals = target_totals(kept, config.model.decoder.queries, config.loss.no_object_weight)

@@ -25,12 +25,12 @@ RESUMED = [("z0", "fp32"), ("z1", "bf16"), ("z2", "fp32"), ("z2", "bf16")]
 def two_ranks() -> dict[str, Any]:
     scenarios: dict[str, Any] = {}
     for name, (stage, micro) in LAYOUTS_2.items():
-        here = {"stage": stage, "micro": micro}
-        scenarios[f"{name} clean"] = {**here, "steps": [0, 4]}
-        scenarios[f"{name} poisoned"] = {**here, "steps": [0, 5], "poison": 4}
+        clean = {"stage": stage, "micro": micro}
+        scenarios[f"{name} clean"] = {**clean, "steps": [0, 4]}
+        scenarios[f"{name} poisoned"] = {**clean, "steps": [0, 5], "poison": 4}
     for name, precision in RESUMED:
         stage, micro = LAYOUTS_2[name]
-        here: dict[str, Any] = {"stage": stage, "micro": micro, "precision": precision}
+        here = {"stage": stage, "micro": micro, "precision": precision}
         tag = f"{name} {precision}"
         scenarios[f"{tag} whole"] = {**here, "steps": [0, 5]}
         scenarios[f"{tag} first"] = {**here, "steps": [0, 3], "save": tag}
