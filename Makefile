@@ -17,8 +17,8 @@ setup: $(STAMP) ## virtual environment with everything, exact versions of constr
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (first run: two to four minutes, mostly downloading torch)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing (Debian: apt-get install python3-venv)"; exit 2; }
-	@( while sleep 5; do printf .; done ) & dots=$$!; trap 'kill $$dots' EXIT; \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "python's venv module is missing (Debian: apt-get install python3-venv)"; exit 2; }
+	@( while sleep 5; do printf .; done ) & dots=$$!; trap 'kill $$dots 2>/dev/null' EXIT INT TERM; \
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --editable '.[demo,test,dev]'
 	@touch $@; echo " done"
 

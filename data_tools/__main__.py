@@ -9,31 +9,58 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from data_tools.problems import disk_faults
 from mf_scale.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a user's mistake is one paragraph on stderr and exit code 2."""
-    options = _parser().parse_args(arguments)
+    """Run one command; a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
+    options = argparse.Namespace(debug=False, interrupted="")
     try:
-        options.run(options)
+        _parser().parse_args(arguments, options)
+        with disk_faults():
+            options.run(options)
+        return 0
     except UserError as error:
         if options.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; running the same command again goes on", file=sys.stderr)
-        return 130
-    return 0
+        pass  # told below, where its frames are gone and have closed their bars
+    print(f"interrupted{options.interrupted}", file=sys.stderr)
+    return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are told like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, remedy=f"`{self.prog} --help` says what it takes.")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Argument type: a whole number, `least` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return number
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m data_tools", description="Prepare data for mf_scale.")
-    common = argparse.ArgumentParser(add_help=False)
+    parser = _Parser("python -m data_tools", description="Prepare data for mf_scale.")
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -50,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--shard-size", default="256MiB", help="samples (1000) or MiB (256MiB) of a shard; default %(default)s"
     )
-    pack.add_argument("--seed", type=int, default=0, help="seed of the order of samples; default %(default)s")
+    pack.add_argument("--seed", type=_at_least(0), default=0, help="seed of the order of samples; default %(default)s")
     pack.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default all cores (%(default)s)"
+        "--workers", type=_at_least(1), default=os.cpu_count() or 1, help="processes; default all cores (%(default)s)"
     )
     pack.add_argument(
         "--dry-run", action="store_true", help="check the lists, say what would be written, write nothing"
@@ -76,13 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (verify, stats, preview):
         sub.add_argument("source", help="folder or url of a packed source")
     preview.add_argument("picture", type=Path, help="PNG to write")
-    preview.add_argument("--count", type=int, default=12, help="samples shown; default %(default)s")
+    preview.add_argument("--count", type=_at_least(1), default=12, help="samples shown; default %(default)s")
     return parser
 
 
 def _pack(options: argparse.Namespace) -> None:
     from data_tools.formats import FORMATS
-    from data_tools.pack import PackOptions, disk_faults, is_finished, plan_pack, run_pack
+    from data_tools.pack import PackOptions, is_finished, plan_pack, run_pack
 
     if options.format not in FORMATS:
         raise UserError(f"unknown format {options.format!r}", remedy=f"Known: {', '.join(FORMATS)}.")
@@ -101,6 +128,8 @@ def _pack(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(f"dry run: nothing was written to {options.target}")
         return
+    without = " without --overwrite" if options.overwrite else ""
+    options.interrupted = f"; the same command{without} goes on where it stopped"
     with disk_faults(options.target):
         finished = is_finished(packing, overwrite=options.overwrite)
     if finished:
@@ -116,7 +145,6 @@ def _pack(options: argparse.Namespace) -> None:
 
 def _index(options: argparse.Namespace) -> None:
     from data_tools.index import index_source
-    from data_tools.pack import disk_faults
     from mf_scale.data.index import HEAD
 
     if (options.source / HEAD).exists() and not options.overwrite:
@@ -147,10 +175,9 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from data_tools.pack import disk_faults
     from data_tools.preview import draw_sheet
 
-    with disk_faults(options.picture.parent):
+    with disk_faults(options.picture):
         shown = draw_sheet(options.source, options.picture, count=options.count)
     print(f"{options.picture}: {shown} samples of {options.source}")
 
@@ -158,7 +185,8 @@ def _preview(options: argparse.Namespace) -> None:
 def _vocabulary(path: Path) -> Any:
     from mf_scale.vocabulary import Vocabulary
 
-    return Vocabulary.load(path)
+    with disk_faults(path):
+        return Vocabulary.load(path)
 
 
 def _bar(iterable: Any = None, **settings: Any) -> Any:

@@ -7,15 +7,17 @@ keeps the shards that were finished.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 
 from data_tools.encode import encode_sample
 from data_tools.index import ShardScan, publish, scan_shard, write_index, write_json
-from data_tools.problems import Problems
+from data_tools.problems import Problems, disk_faults
 from data_tools.record import Annotation, BadRecord, FormatSource, Record
 from mf_scale.data.index import COLUMNS, HEAD
 from mf_scale.errors import UserError
@@ -34,6 +36,8 @@ MIB = 1 << 20
 OVERHEAD = 8192
 """Bytes a sample takes beside its image, roughly: map, json, tar headers."""
 SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar")
+_stop: Any = None
+"""In a pool's process: shared with its parent, not 0 where the pack ended early."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ def run_pack(packing: Packing, *, workers: int, progress: Callable[..., Any]) ->
     """
     problems = Problems()
     scans: list[ShardScan] = []
-    with progress(total=sum(len(job.records) for job in packing.jobs), unit="sample") as bar:
-        for job, (scan, found) in zip(packing.jobs, _each_shard(packing.jobs, workers), strict=True):
+    with (
+        progress(total=sum(len(job.records) for job in packing.jobs), unit="sample") as bar,
+        closing(_each_shard(packing.jobs, workers)) as shards,
+    ):
+        for job, (scan, found) in zip(packing.jobs, shards, strict=True):
             for kind, key in found:
                 problems.add(kind, key)
             scans += [scan] if scan else []
@@ -154,6 +161,8 @@ def pack_shard(job: ShardJob) -> tuple[ShardScan | None, list[tuple[str, str]]]:
         with disk_faults(job.path.parent):
             with partial.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
                 for record in job.records:
+                    if _stop is not None and _stop.value:
+                        raise KeyboardInterrupt
                     try:
                         sample = encode_sample(record, job.annotate(record))
                     except BadRecord as bad:
@@ -168,39 +177,26 @@ def pack_shard(job: ShardJob) -> tuple[ShardScan | None, list[tuple[str, str]]]:
     return scan_shard(job.path, job.num_classes), []
 
 
-class disk_faults:  # noqa: N801 - used as a context manager
-    """Turns a full disk or a folder without write permission into a UserError."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"nothing more can be written: {os.strerror(number)}",
-                where=str(self.folder),
-                remedy="Make room and run the same command again; finished shards are kept.",
-            ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(
-                "the folder cannot be written", where=str(self.folder), remedy="Check its permissions."
-            ) from error
-
-
-def _each_shard(jobs: list[ShardJob], workers: int) -> Iterator[tuple[ShardScan | None, list[tuple[str, str]]]]:
+def _each_shard(
+    jobs: list[ShardJob], workers: int
+) -> Generator[tuple[ShardScan | None, list[tuple[str, str]]], None, None]:
+    """`pack_shard` of each job, in order; where this ends early, the processes stop at their next sample."""
     if workers <= 1 or len(jobs) == 1:
         yield from map(pack_shard, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_leave_with, initargs=(os.getpid(),)) as pool:
-        yield from pool.map(pack_shard, jobs)
+    stop = multiprocessing.RawValue("b", 0)
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_enter, initargs=(os.getpid(), stop)) as pool:
+        try:
+            yield from pool.map(pack_shard, jobs)
+        finally:
+            stop.value = 1
 
 
-def _leave_with(parent: int) -> None:
-    """End this process soon after its parent was killed: a pool's processes would wait for ever."""
+def _enter(parent: int, stop: Any) -> None:
+    """Set up a pool's process: Ctrl-C is its parent's to hear, and it ends soon after its parent was killed."""
+    global _stop  # noqa: PLW0603 - a pool hands its processes nothing else
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

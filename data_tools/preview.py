@@ -23,12 +23,12 @@ NAMED_SHARE = 0.004
 
 
 def draw_sheet(source: str, picture: Path, *, count: int) -> int:
-    """Write a PNG of `count` samples spread evenly over the source; returns how many it shows."""
+    """Write a PNG of `count` >= 1 samples spread evenly over the source; returns how many it shows."""
     if picture.suffix.lower() != ".png":
         raise UserError("the preview is a PNG", where=str(picture), remedy="Give a name that ends in .png.")
     index = Index.open(source)
     reader = open_reader(index)
-    ids = np.unique(np.linspace(0, index.samples - 1, max(1, count)).round().astype(int))
+    ids = np.unique(np.linspace(0, index.samples - 1, min(count, index.samples)).round().astype(int))
     rows = -(-len(ids) // COLUMNS)
     sheet = Image.new("RGB", (2 * COLUMNS * TILE, rows * TILE), "white")
     for place, sample_id in enumerate(ids):

@@ -1,8 +1,12 @@
-"""Problems: findings gathered by kind and told at once, with counts and a few names."""
+"""Problems: findings gathered by kind and told at once, with counts and a few names; faults of the disk."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 from mf_scale.errors import UserError
 
@@ -33,3 +37,32 @@ class Problems:
         """Raise UserError with all findings, if there are any."""
         if self.found:
             raise UserError(f"{what}: {'; '.join(self.lines())}", where=where, remedy=remedy)
+
+
+class disk_faults:  # noqa: N801 - used as a context manager
+    """Turns every OSError into a UserError that names the path: a full disk, no permission, no such folder, ..."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        """Named where the error itself does not know its path."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, OSError):
+            return
+        known = "" if self.path is None else str(self.path)
+        where = known if error.filename is None else os.fsdecode(error.filename)
+        fault = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"nothing more can be written: {fault}",
+                where=known or where,
+                remedy="Make room and run the same command again; finished shards are kept.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            what, remedy = "this cannot be read or written", "Check its permissions."
+        else:
+            what, remedy = "this path cannot be used", "Check that it is spelt right and is what the command takes."
+        raise UserError(f"{what}: {fault}", where=where, remedy=remedy) from error

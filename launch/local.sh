@@ -8,20 +8,24 @@ stopped=0
 pid=
 trap 'stopped=1; [ -n "$pid" ] && kill -TERM "$pid" 2>/dev/null' TERM INT
 while :; do
+  [ "$stopped" -eq 0 ] || exit 85
   began=$SECONDS
   mf-scale train "$@" &
   pid=$!
+  # A stop between the last test and this line found no process to pass it to.
+  [ "$stopped" -eq 0 ] || kill -TERM "$pid" 2>/dev/null
   wait "$pid"
   # A trapped signal ends `wait` early; the last `wait` gives the true exit code.
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
   wait "$pid"
   code=$?
-  [ "$code" -eq 85 ] && [ "$stopped" -eq 0 ] || exit "$code"
+  # 85: stopped on request, state committed; 75: storage or network failed, go on from the last commit.
+  case "$code" in 85|75) [ "$stopped" -eq 0 ] || exit "$code" ;; *) exit "$code" ;; esac
   # A run that is stopped again at once would go round for ever.
   if [ $((SECONDS - began)) -lt 5 ]; then quick=$((${quick:-0} + 1)); else quick=0; fi
   if [ "$quick" -ge 3 ]; then
-    echo "launch/local.sh: stopped three times within seconds of its start, giving up" >&2
+    echo "launch/local.sh: ended three times within seconds of its start, giving up" >&2
     exit "$code"
   fi
-  echo "== stopped on request, state committed: starting again"
+  echo "== exit code $code: starting again"
 done

@@ -7,7 +7,8 @@
 #SBATCH --output=%x-%j.log
 # Train on one or many nodes; comes back by itself after a preemption or the time limit.
 #   sbatch [--nodes N --gpus-per-node G --ntasks-per-node G ...] launch/multinode.sh CONFIG [key=value ...]
-# Exit codes: 0 done; 2 a user's mistake and 3 a guard are never requeued; 85 is stopped with its state committed.
+# Exit codes: 0 done; 2 a user's mistake and 3 a guard are never requeued; 75 (storage or network failed) and 85
+# (stopped on request, state committed) are.
 set -u
 if [ $# -lt 1 ]; then
   echo "usage: sbatch [options] launch/multinode.sh CONFIG [key=value ...]" >&2
@@ -42,8 +43,11 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?
 
-if [ "$code" -eq 85 ]; then
-  echo "multinode.sh: stopped on request, state committed: requeueing job $SLURM_JOB_ID"
+again=0
+[ "$code" -eq 85 ] && again=1  # stopped on request, state committed
+[ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ] && again=1  # storage or network failed
+if [ "$again" -eq 1 ]; then
+  echo "multinode.sh: exit code $code: requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID" || echo "multinode.sh: requeueing is not allowed here: submit the same command again" >&2
 fi
 exit "$code"

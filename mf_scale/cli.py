@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mf_scale import __version__
 from mf_scale.errors import StoppedOnRequest, UserError
 
-if TYPE_CHECKING:
-    from mf_scale.distributed.env import World
-
+_INTERRUPTED = 130
 _OVERRIDES = "any key of the configuration, for example train.steps=500"
 
 
@@ -31,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except StoppedOnRequest as stop:
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("mf-scale: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
+        # Whoever read what a command prints has left; what training prints is not awaited by anybody.
         return 0
 
 
@@ -67,11 +67,19 @@ def _command(commands, name: str, text: str, call) -> argparse.ArgumentParser:  
     return command
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
+
+
 def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(commands, "train", "train a run, or go on where it stopped", _train)
     command.add_argument("config", metavar="CONFIG", help="configuration file, for example configs/demo.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    command.add_argument("--processes", type=int, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
+    command.add_argument(
+        "--processes", type=_count, metavar="N", help="ranks on this machine (default: one a GPU, or 1)"
+    )
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
@@ -79,7 +87,9 @@ def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("run", metavar="RUN", help="run directory or checkpoint folder")
     command.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     command.add_argument("--split", choices=("val", "train"), default="val", help="which source (default: val)")
-    command.add_argument("--processes", type=int, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
+    command.add_argument(
+        "--processes", type=_count, metavar="N", help="ranks on this machine (default: one a GPU, or 1)"
+    )
 
 
 def _add_predict(commands) -> None:  # type: ignore[no-untyped-def]
@@ -101,35 +111,43 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
     flag = install_handlers()  # before the slow imports: a signal's default would kill
     from mf_scale.config.load import load_config
-    from mf_scale.config.validate import validate
+    from mf_scale.config.validate import plan_batch, validate
+    from mf_scale.distributed.env import world_from_environment
+    from mf_scale.distributed.launch import launch
 
-    config = load_config(options.config, options.overrides)
-    validate(config)
-    world = _world_or_launch(options.processes, arguments)
-    if isinstance(world, int):
-        return world
+    world = world_from_environment()
+    try:
+        config = load_config(options.config, options.overrides)
+        validate(config)
+        ranks = world.size if world.size > 1 else _wanted_ranks(options.processes)
+        plan_batch(config, ranks)
+    except UserError as error:
+        error.said_by_first_rank = not world.first  # every rank of srun or torchrun makes the same mistake
+        raise
+    if world.size == 1 and ranks > 1:
+        return launch(arguments, ranks, flag.signals)
     from mf_scale.training.trainer import train
 
     train(config, world, flag)
     return 0
 
 
-def _world_or_launch(processes: int | None, arguments: list[str]) -> World | int:
-    """This process's place among the ranks; or, having started `processes` ranks and waited, their exit code."""
-    from mf_scale.distributed.env import visible_gpus, world_from_environment
-    from mf_scale.distributed.launch import launch
+def _wanted_ranks(processes: int | None) -> int:
+    """Ranks to start on this machine: as many as asked for, else one a GPU, at least one."""
+    from mf_scale.distributed.env import visible_gpus
 
-    world = world_from_environment()
-    if world.size > 1:
-        return world
-    wanted = visible_gpus() if processes is None else processes
-    return launch(arguments, wanted) if wanted > 1 else world
+    return max(1, visible_gpus()) if processes is None else processes
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
-    world = _world_or_launch(options.processes, arguments)
-    if isinstance(world, int):
-        return world
+    from mf_scale.distributed.env import world_from_environment
+    from mf_scale.distributed.launch import allow_stop_signals, launch
+    from mf_scale.training.preemption import install_handlers
+
+    world = world_from_environment()
+    if world.size == 1 and (ranks := _wanted_ranks(options.processes)) > 1:
+        return launch(arguments, ranks, install_handlers().signals)
+    allow_stop_signals()
     from mf_scale.evaluation.runner import evaluate_run
 
     table = evaluate_run(options.run, options.overrides, world, split=options.split)
@@ -146,11 +164,11 @@ def _predict(options: argparse.Namespace, _: list[str]) -> int:
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.evaluation.results import run_table
-    from mf_scale.rundir import RunDir
+    from mf_scale.rundir import RunDir, existing_run
     from mf_scale.tracking.metrics import read_metrics
     from mf_scale.tracking.report import headline, write_report
 
-    run = RunDir(Path(options.run))
+    run = RunDir(existing_run(options.run))
     page = write_report(run)
     for card in headline(read_metrics(run.metrics), []):
         print(f"{card['name']:<22}{card['value']}")

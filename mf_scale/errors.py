@@ -8,6 +8,8 @@ EXIT_USER = 2
 """A user's mistake: one paragraph, never requeued."""
 EXIT_GUARD = 3
 """A guard stopped the run (dead steps, bad data): never requeued."""
+EXIT_FAULT = 75
+"""A fault of the surroundings (network, storage): the launcher starts the run again from its last commit."""
 EXIT_STOPPED = 85
 """Stopped on request with its state committed: the launcher starts it again."""
 
@@ -41,6 +43,16 @@ class GuardError(UserError):
     """A guard ended the run because going on would spoil it (dead steps, too much bad data). Exit code 3."""
 
     exit_code = EXIT_GUARD
+
+
+class FaultError(UserError):
+    """The surroundings failed (network, storage), nobody's mistake: trying again may help. Exit code 75."""
+
+    exit_code = EXIT_FAULT
+
+
+PARAGRAPHS = (UserError, GuardError, FaultError)
+"""Errors that are said in one paragraph, without a traceback."""
 
 
 class StoppedOnRequest(Exception):  # noqa: N818 - it is an event, not an error

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,18 +63,35 @@ class RunDir:
         return self.checkpoints / f"{_PREFIX}{step:08d}"
 
 
+def existing_run(path: str) -> Path:
+    """The path of a run directory that is there; raises UserError."""
+    if not Path(path).is_dir():
+        raise UserError("there is no such run directory", where=path, remedy="Name one that `mf-scale train` wrote.")
+    return Path(path)
+
+
 def committed_checkpoints(run: RunDir) -> list[Path]:
     """Folders with a manifest, newest first. A half-written folder has none."""
-    folders = run.checkpoints.glob(f"{_PREFIX}*") if run.checkpoints.is_dir() else ()
-    return sorted((f for f in folders if (f / MANIFEST).is_file()), key=lambda f: f.name, reverse=True)
+    folders = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
+    ours = (f for f in folders if is_checkpoint_name(f.name) and (f / MANIFEST).is_file())
+    return sorted(ours, key=lambda f: f.name, reverse=True)
 
 
-def checkpoint_damage(folder: Path) -> str | None:
-    """What is wrong with a committed checkpoint (a missing, short or altered file), or None when it is sound."""
+def is_checkpoint_name(name: str) -> bool:
+    """True for the names that `RunDir.checkpoint` gives; other folders are not ours to touch."""
+    return re.fullmatch(_PREFIX + r"\d{8,}", name) is not None
+
+
+def checkpoint_damage(folder: Path, *, digests: bool = True) -> str | None:
+    """What is wrong with a committed checkpoint (a missing, short or altered file), or None when it is sound.
+
+    Without `digests` files are not read, so alterations that keep the size stay unseen.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
-            damage = _file_damage(folder / Path(name).name, int(entry["size"]), str(entry["sha256"]))
+            digest = str(entry["sha256"]) if digests else None
+            damage = _file_damage(folder / Path(name).name, int(entry["size"]), digest)
             if damage:
                 return damage
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -80,24 +99,24 @@ def checkpoint_damage(folder: Path) -> str | None:
     return None
 
 
-def _file_damage(file: Path, size: int, sha256: str) -> str | None:
+def _file_damage(file: Path, size: int, sha256: str | None) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
     if file.stat().st_size != size:
         return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
-    if file_digest(file) != sha256:
+    if sha256 is not None and file_digest(file) != sha256:
         return f"{file.name} was altered after it was written (digest differs)"
     return None
 
 
-def newest_sound_checkpoint(run: RunDir) -> tuple[Path | None, list[str]]:
+def newest_sound_checkpoint(run: RunDir) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that did not."""
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for folder in committed_checkpoints(run):
         damage = checkpoint_damage(folder)
         if damage is None:
             return folder, damaged
-        damaged.append(f"{folder} is damaged: {damage}")
+        damaged[folder] = f"{folder} is damaged: {damage}"
     return None, damaged
 
 
@@ -114,8 +133,10 @@ def resolve_checkpoint(path: str) -> tuple[Path | None, Path]:
         return (parent.parent if parent.name == "checkpoints" else None), given
     folder, damaged = newest_sound_checkpoint(RunDir(given))
     if folder is None:
-        detail = " ".join(damaged) or "it holds no committed checkpoint"
+        detail = " ".join(damaged.values()) or "it holds no committed checkpoint"
         raise UserError(f"there is nothing to load: {detail}", where=path, remedy="Train first, or name another run.")
+    for sentence in damaged.values():
+        logging.getLogger(__name__).warning("%s; taking %s", sentence, folder.name)
     return given, folder
 
 

@@ -67,6 +67,12 @@ def _merge(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
 def _merge_layer(merged: DictConfig, data: Mapping[str, Any], where: str) -> DictConfig:
     try:
         return cast("DictConfig", OmegaConf.merge(merged, data))
+    except TypeError as error:
+        raise UserError(
+            f"the values do not fit their keys: {_one_line(error)}",
+            where=where,
+            remedy="Lists are given whole, for example data.crop=[512,512].",
+        ) from error
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
         value = _lookup(data, key)
@@ -83,7 +89,10 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str,
         raise UserError("configuration files build on each other in a circle", where=str(path))
     data = _read_yaml(path)
     bases = data.pop(BASE_KEY, [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"`{BASE_KEY}` must name a file or a list of files, not {bases!r}", where=str(path))
+    for base in bases:
         yield from _file_layers(path.parent / base, (*seen, resolved))
     yield str(path), data
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from mf_scale.config.schema import Config
 from mf_scale.errors import UserError
@@ -22,8 +25,6 @@ class BatchPlan:
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Cut the global batch over the ranks; raises UserError naming sizes that work."""
     total, micro = config.train.global_batch, config.train.micro_batch
-    if total < 1 or micro < 1:
-        raise UserError(f"train.global_batch = {total} and train.micro_batch = {micro} must be at least 1")
     if total % world_size:
         divisors = [d for d in range(1, total + 1) if total % d == 0]
         raise UserError(
@@ -58,62 +59,116 @@ def check_vocabulary(config: Config, vocabulary: Vocabulary, *, where: str) -> i
 
 def validate(config: Config) -> None:
     """Every rule that needs neither data nor ranks; all broken ones are named at once in a UserError."""
-    broken = [*_ranges(config), *_geometry(config), *_model(config)]
+    values = dict(_leaves(config, ""))
+    broken = [f"{name} = {v} must be a finite number" for name, v in values.items() if _is_not_finite(v)]
+    broken += [f"{name} = {values[name]} must be above 0" for name in _POSITIVE if not values[name] > 0]
+    broken += [f"{name} = {values[name]} must not be negative" for name in _NOT_NEGATIVE if values[name] < 0]
+    broken += [f"{name} = {values[name]} must lie in 0..1" for name in _SHARES if not 0 <= values[name] <= 1]
+    broken += [*_paths(config), *_sizes(config), *_model(config)]
     if broken:
         raise UserError("; ".join(broken), where="configuration", remedy="Nothing was started.")
 
 
-def _ranges(config: Config) -> list[str]:
-    positive = {
-        "train.steps": config.train.steps,
-        "train.log_every": config.train.log_every,
-        "train.max_skipped_steps": config.train.max_skipped_steps,
-        "train.collective_timeout": config.train.collective_timeout,
-        "data.block_samples": config.data.block_samples,
-        "data.prefetch_steps": config.data.prefetch_steps,
-        "data.buffer_mib": config.data.buffer_mib,
-        "data.max_pixels": config.data.max_pixels,
-        "model.decoder.queries": config.model.decoder.queries,
-        "model.decoder.layers": config.model.decoder.layers,
-        "model.pixel_decoder.mask_channels": config.model.pixel_decoder.mask_channels,
-        "eval.short_side": config.eval.short_side,
-        "zero.bucket_mib": config.zero.bucket_mib,
-        "optimizer.lr": config.optimizer.lr,
+_POSITIVE = [
+    "train.steps",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.log_every",
+    "train.max_skipped_steps",
+    "train.collective_timeout",
+    "data.block_samples",
+    "data.prefetch_steps",
+    "data.buffer_mib",
+    "data.max_pixels",
+    "model.decoder.queries",
+    "model.decoder.layers",
+    "model.decoder.width",
+    "model.decoder.heads",
+    "model.decoder.feedforward",
+    "model.pixel_decoder.width",
+    "model.pixel_decoder.mask_channels",
+    "eval.loss_samples",
+    "zero.bucket_mib",
+    "optimizer.lr",
+    "optimizer.eps",
+    "schedule.power",
+]
+_NOT_NEGATIVE = [
+    "seed",
+    "data.workers",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "eval.every_steps",
+    "optimizer.weight_decay",
+    "optimizer.backbone_multiplier",
+    "optimizer.clip_norm",
+    "schedule.warmup_updates",
+    "loss.class_weight",
+    "loss.focal_weight",
+    "loss.dice_weight",
+    "loss.focal_gamma",
+    "matching.class_weight",
+    "matching.focal_weight",
+    "matching.dice_weight",
+]
+_SHARES = [
+    "data.flip",
+    "data.max_bad_fraction",
+    "model.decoder.dropout",
+    "model.backbone.drop_path",
+    "loss.no_object_weight",
+    "loss.focal_alpha",
+    "schedule.warmup_start",
+    "eval.object_threshold",
+    "eval.overlap_threshold",
+]
+_SMALLEST_SIDE = 64
+"""Below, the stride-32 map is a single pixel, over which a group norm has nothing to normalise."""
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def _is_not_finite(value: Any) -> bool:
+    return any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
+
+
+def _paths(config: Config) -> list[str]:
+    broken = []
+    given = {
+        "run_dir": config.run_dir,
+        "data.train": config.data.train,
+        "data.val": config.data.val,
+        "train.init_from": config.train.init_from,
+        "model.backbone.weights": config.model.backbone.weights,
     }
-    not_negative = {
-        "data.workers": config.data.workers,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "eval.every_steps": config.eval.every_steps,
-        "eval.loss_samples": config.eval.loss_samples,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "optimizer.clip_norm": config.optimizer.clip_norm,
-        "schedule.warmup_updates": config.schedule.warmup_updates,
-    }
-    shares = {
-        "data.flip": config.data.flip,
-        "data.max_bad_fraction": config.data.max_bad_fraction,
-        "model.decoder.dropout": config.model.decoder.dropout,
-        "loss.no_object_weight": config.loss.no_object_weight,
-        "eval.object_threshold": config.eval.object_threshold,
-        "eval.overlap_threshold": config.eval.overlap_threshold,
-    }
-    broken = [f"{name} = {value} must be above 0" for name, value in positive.items() if value <= 0]
-    broken += [f"{name} = {value} must not be negative" for name, value in not_negative.items() if value < 0]
-    broken += [f"{name} = {value} must lie in 0..1" for name, value in shares.items() if not 0 <= value <= 1]
-    if config.checkpoint.keep_last < 2:
-        broken.append(
-            f"checkpoint.keep_last = {config.checkpoint.keep_last} must be at least 2: the newest may be found damaged"
-        )
+    for name, path in given.items():
+        if path is not None and not path.strip():
+            broken.append(f"{name} is empty")
+        elif path is not None and path.startswith("~"):
+            broken.append(f"{name} = {path}: ~ is not expanded here, write the whole path")
     return broken
 
 
-def _geometry(config: Config) -> list[str]:
+def _sizes(config: Config) -> list[str]:
     broken = []
     crop, scale = config.data.crop, config.data.scale
-    if len(crop) != 2 or min(crop, default=0) < 32:
-        broken.append(f"data.crop = {crop} must be [height, width], each at least 32")
-    if len(scale) != 2 or not 0 < min(scale, default=0) <= max(scale, default=0) or scale[0] > scale[-1]:
+    if config.seed >= 2**63:
+        broken.append(f"seed = {config.seed} must be below 2**63")
+    if config.checkpoint.keep_last < 2:
+        keep = config.checkpoint.keep_last
+        broken.append(f"checkpoint.keep_last = {keep} must be at least 2: the newest may be found damaged")
+    if len(crop) != 2 or min(crop, default=0) < _SMALLEST_SIDE:
+        broken.append(f"data.crop = {crop} must be [height, width], each at least {_SMALLEST_SIDE}")
+    if config.eval.short_side < _SMALLEST_SIDE:
+        broken.append(f"eval.short_side = {config.eval.short_side} must be at least {_SMALLEST_SIDE}")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[-1]:
         broken.append(f"data.scale = {scale} must be [smallest, largest], above 0")
     if config.eval.max_side < config.eval.short_side:
         broken.append(f"eval.max_side = {config.eval.max_side} is below eval.short_side = {config.eval.short_side}")
@@ -124,11 +179,16 @@ def _geometry(config: Config) -> list[str]:
 
 def _model(config: Config) -> list[str]:
     decoder = config.model.decoder
+    if min(decoder.width, decoder.heads) < 1:
+        return []  # named already
+    broken = []
     if decoder.width % decoder.heads:
-        return [f"model.decoder.width = {decoder.width} is not a multiple of model.decoder.heads = {decoder.heads}"]
-    if decoder.width % 2:
-        return [f"model.decoder.width = {decoder.width} must be even (sine positions)"]
-    return []
+        broken.append(
+            f"model.decoder.width = {decoder.width} is not a multiple of model.decoder.heads = {decoder.heads}"
+        )
+    if decoder.width % 4:
+        broken.append(f"model.decoder.width = {decoder.width} must be a multiple of 4 (sine positions)")
+    return broken
 
 
 def _listed(values: list[int]) -> str:

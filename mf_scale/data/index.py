@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mf_scale.data.storage import Storage
+from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
@@ -147,6 +147,8 @@ def verify_shards(index: Index, *, checksums: bool) -> None:
 def _shard_fault(index: Index, shard: Shard, checksums: bool) -> str:
     try:
         size = index.storage.size(shard.name)
+    except StorageError:
+        raise  # the network's fault says nothing about the shard
     except UserError:
         return "is missing or unreadable"
     if size != shard.size:

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs"}
 """Schemes read through fsspec, and the extra that installs what fsspec needs for each."""
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What no retry mends."""
+"""What no retry mends; a remote FileNotFoundError only where the server said so."""
 PIECE = 4 << 20
 """Bytes of one remote request: after a fault, reading goes on at the piece that broke."""
 ATTEMPTS = 9
@@ -30,7 +30,7 @@ OPEN_FILES = 32
 Result = TypeVar("Result")
 
 
-class StorageError(RuntimeError):
+class StorageError(FaultError):
     """A read failed for good although it was retried: a fault of the network or disk, not of the data or the user."""
 
 
@@ -82,7 +82,7 @@ class Storage:
         data = bytearray()
         while len(data) < size:
             at = offset + len(data)
-            piece = self._attempt(name, at, partial(self._read_some, name, at, size - len(data)))
+            piece = self._attempt(name, f"at byte {at}", partial(self._read_some, name, at, size - len(data)))
             if not piece:
                 raise UserError(
                     f"{name} ends at byte {at}, its index says it goes on",
@@ -94,7 +94,7 @@ class Storage:
 
     def size(self, name: str) -> int:
         """Size of a file in bytes; raises as `read`."""
-        return self._attempt(name, 0, partial(self._find_size, name))
+        return self._attempt(name, "for its size", partial(self._find_size, name))
 
     def read_all(self, name: str) -> bytes:
         """The whole file."""
@@ -109,25 +109,32 @@ class Storage:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _attempt(self, name: str, offset: int, act: Callable[[], Result]) -> Result:
-        """`act()`, tried again after faults that may pass."""
+    def _attempt(self, name: str, part: str, act: Callable[[], Result]) -> Result:
+        """`act()`, tried again after faults that may pass; `part` says which read of the file it is."""
         failures = 0
         while True:
             try:
                 return act()
-            except MISSING as error:
-                raise self._missing(name, error) from error
             except UserError:
                 raise
             except Exception as error:  # a remote file system raises what it likes
+                if isinstance(error, MISSING) and not (self.scheme and _only_unreachable(error)):
+                    raise self._missing(name, error) from error
                 if not self.scheme and not isinstance(error, OSError):
                     raise
                 failures += 1
-                self._wait(name, offset, failures, error)
+                self._wait(name, part, failures, error)
 
     def _find_size(self, name: str) -> int:
         if self.scheme:
-            return int(self._filesystem().size(self._url(name)))
+            size = self._filesystem().size(self._url(name))
+            if size is None:
+                raise UserError(
+                    "the server does not tell the size of files",
+                    where=self._url(name),
+                    remedy="Use a server or store that sends Content-Length, or a local copy.",
+                )
+            return int(size)
         return Path(self.source, plain_name(name)).stat().st_size
 
     def _read_some(self, name: str, offset: int, size: int) -> bytes:
@@ -143,12 +150,15 @@ class Storage:
             return data
         return os.pread(self._descriptor(name), size, offset)
 
-    def _wait(self, name: str, offset: int, failures: int, error: Exception) -> None:
+    def _wait(self, name: str, part: str, failures: int, error: Exception) -> None:
         """Before the next try; StorageError once the tries are used up."""
         if failures >= ATTEMPTS:
+            fault = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+            said = " ".join(f"{type(fault).__name__} {fault}".split())
             raise StorageError(
-                f"reading {name} of {self.source} failed {ATTEMPTS} times at byte {offset}: "
-                f"{type(error).__name__}: {error}"
+                f"reading {name} {part} failed {ATTEMPTS} times, the last time with {said}",
+                where=self.source,
+                remedy="Check the network and the server or disk that holds it, then run the same command again.",
             ) from error
         self.close()  # a stale handle of a network file system stays stale
         time.sleep(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT))
@@ -188,3 +198,16 @@ class Storage:
             where=self.source,
             remedy="Check that the source is complete and readable (python -m data_tools verify).",
         )
+
+
+def _only_unreachable(error: BaseException) -> bool:
+    """True for a FileNotFoundError that fsspec made of another fault, such as a refused connection.
+
+    fsspec's http does so in `size`; where the server itself answered 404 there is no cause, or it holds the status.
+    """
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
+        return False
+    response = getattr(cause, "response", None)  # of boto
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    return 404 not in (getattr(cause, "status", None), metadata.get("HTTPStatusCode"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Generator
 from typing import Any
@@ -14,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that ask the trainer to stop; a worker that died of one would take the last save with it."""
+
+_REAP_SECONDS = 2.0
+"""How long a broken connection waits for the end of the worker that broke it."""
 
 
 def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, rank: int) -> Generator[Any, None, None]:
@@ -42,7 +46,8 @@ def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, r
         while True:
             try:
                 item = next(iterator)
-            except RuntimeError as error:
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # A worker that is killed while it hands something over shows as a broken connection.
                 raise _report_dead(processes, rank, error) from error
             yield item
     finally:
@@ -52,7 +57,10 @@ def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, r
                 process.kill()
 
 
-def _report_dead(processes: list[Any], rank: int, error: RuntimeError) -> RuntimeError:
+def _report_dead(processes: list[Any], rank: int, error: Exception) -> Exception:
+    deadline = time.monotonic() + _REAP_SECONDS
+    while all(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
     dead = [f"{i} (pid {p.pid}, exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
     if not dead:
         return error

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mf_scale.distributed.env import RENDEZVOUS, World
-from mf_scale.errors import GuardError, UserError
+from mf_scale.errors import PARAGRAPHS, UserError
 
 T = TypeVar("T")
 
@@ -103,13 +103,12 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
             answer["result"] = action()
         except UserError as error:
             failure = error
-            answer["error"] = [error.what, error.where, error.remedy]
+            answer["error"] = _told(error)
     answer = broadcast_object(answer)
     if failure is not None:
         raise failure
     if "error" in answer:
-        what, where, remedy = answer["error"]
-        raise agreed(UserError(what, where=where, remedy=remedy))
+        raise agreed(_heard(answer["error"]))
     return answer["result"]
 
 
@@ -124,14 +123,21 @@ def together(action: Callable[[], T]) -> T:
         failure = error
     if not _several():
         return result
-    told = None if failure is None else [failure.exit_code, failure.what, failure.where, failure.remedy]
-    parts = gather_objects(told)
+    parts = gather_objects(None if failure is None else _told(failure))
     first = broadcast_object(next((part for part in parts if part), None) if parts is not None else None)
     if first is not None:
-        code, what, where, remedy = first
-        kind = GuardError if code == GuardError.exit_code else UserError
-        raise agreed(kind(what, where=where, remedy=remedy)) from failure
+        raise agreed(_heard(first)) from failure
     return result
+
+
+def _told(error: UserError) -> list[Any]:
+    return [error.exit_code, error.what, error.where, error.remedy]
+
+
+def _heard(told: list[Any]) -> UserError:
+    code, what, where, remedy = told
+    kind = next(kind for kind in PARAGRAPHS if kind.exit_code == code)
+    return kind(what, where=where, remedy=remedy)
 
 
 def agreed(error: UserError) -> UserError:

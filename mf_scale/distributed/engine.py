@@ -169,7 +169,8 @@ class Engine:
         # DeepSpeed looks for MPI where one of these is missing ("No module named 'mpi4py'").
         os.environ.setdefault("RANK", str(world.rank))
         os.environ.setdefault("WORLD_SIZE", str(world.size))
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        # It also takes LOCAL_RANK for the device's number, which is 0 where each rank sees its own GPU only.
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else world.local_rank)
 
 
 def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:

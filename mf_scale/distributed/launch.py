@@ -14,36 +14,30 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from mf_scale.distributed.env import RENDEZVOUS
-from mf_scale.errors import EXIT_STOPPED
+from mf_scale.errors import EXIT_FAULT, EXIT_GUARD, EXIT_STOPPED, EXIT_USER
 
 _GRACE = 20.0
 """Seconds the other ranks get to end by themselves after one failed, and again after TERM."""
 _PR_SET_PDEATHSIG = 1
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `mf-scale ARGUMENTS` as `processes` ranks; their common exit code, or that of the rank that failed first."""
+def launch(arguments: Sequence[str], processes: int, asked: Sequence[str]) -> int:
+    """Run `mf-scale ARGUMENTS` as `processes` ranks; their common exit code, or that of the rank that failed.
+
+    `asked` is the live list of the names of signals this process has caught; every rank gets each of them once, also
+    those that came before it was started.
+    """
     with tempfile.TemporaryDirectory(prefix="mf_scale-") as folder:
         children: list[subprocess.Popen[bytes]] = []
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
             for rank in range(processes):
                 children.append(_start(arguments, rank, processes, str(Path(folder, "rendezvous"))))
-            return _wait(children)
+            return _wait(children, asked)
         finally:
             _end(children)
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _start(arguments: Sequence[str], rank: int, size: int, rendezvous: str) -> subprocess.Popen[bytes]:
@@ -64,27 +58,49 @@ def _start(arguments: Sequence[str], rank: int, size: int, rendezvous: str) -> s
     )
 
 
+def allow_stop_signals() -> None:
+    """In a rank: let the stop signals in that `launch` holds back until somebody is there to take them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def _end_with_parent() -> None:
-    """In the child: a launcher that is killed outright takes its ranks along (they save and stop)."""
+    """In the child: a launcher that is killed outright takes its ranks along (they save and stop).
+
+    Stop signals wait until the child is ready (`allow_stop_signals`): before, their default would kill it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    failed: subprocess.Popen[bytes] | None = None
-    deadline = float("inf")
+def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[str]) -> int:
+    passed_on, deadline = 0, float("inf")
+    failures: list[int] = []
     while None in [child.poll() for child in children]:
-        if failed is None:
-            failed = next((c for c in children if c.returncode not in (None, 0, EXIT_STOPPED)), None)
-            deadline = time.monotonic() + _GRACE if failed else deadline
+        for name in asked[passed_on:]:
+            passed_on += 1
+            _send(children, signal.Signals[name])
+        if not failures:
+            failures = _failures(children)
+            deadline = time.monotonic() + _GRACE if failures else deadline
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    codes = [child.poll() for child in children]
-    if failed is None:
-        failed = next((c for c in children if c.returncode not in (None, 0, EXIT_STOPPED)), None)
-    if failed is not None:
-        return _exit_code(failed.returncode)
-    return EXIT_STOPPED if EXIT_STOPPED in codes else 0
+    # What a person can act on says more than the broken connection that its peers saw.
+    telling = [code for code in _failures(children) if code in (EXIT_USER, EXIT_GUARD, EXIT_FAULT)]
+    failures = telling or failures or _failures(children)
+    if failures:
+        return _exit_code(failures[0])
+    return EXIT_STOPPED if EXIT_STOPPED in [child.returncode for child in children] else 0
+
+
+def _failures(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [c.returncode for c in children if c.returncode not in (None, 0, EXIT_STOPPED)]
+
+
+def _send(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)
 
 
 def _exit_code(code: int) -> int:
@@ -95,9 +111,7 @@ def _exit_code(code: int) -> int:
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
     """No rank outlives the launcher."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
+        _send(children, number)
         deadline = time.monotonic() + _GRACE
         while any(child.poll() is None for child in children) and time.monotonic() < deadline:
             time.sleep(0.05)

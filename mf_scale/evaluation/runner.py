@@ -78,9 +78,9 @@ def evaluate(
     )
     shown: list[Shown] = []
     start, was_training = time.monotonic(), model.training
-    model.eval()
-    samples = eval_samples(index, config.data, rank=world.rank, world=world.size)
-    try:
+
+    def count_own() -> None:
+        samples = eval_samples(index, config.data, rank=world.rank, world=world.size)
         with _progress_bar(index.samples, split, progress and world.first) as bar:
             for turn, sample in enumerate(samples):
                 position = turn * world.size + world.rank
@@ -92,6 +92,10 @@ def evaluate(
                 if position < pictures:
                     drawn = [(title, draw_segments(sample.image, s, vocabulary.names)) for title, s in views]
                     shown.append(Shown(position, sample.key, [("image", plain(sample.image)), *drawn]))
+
+    model.eval()
+    try:
+        comm.together(count_own)
     finally:
         model.train(was_training)
     results = {"split": split, "task": task, "samples": index.samples, **_summed(counts, things)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import TextIO
 
@@ -62,8 +63,10 @@ class ProgressLine:
         self._write(f"{_CLEAR}{line[: max(1, columns - 1)]}")
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        # A reader that left (`| head`), a full disk under a log, a terminal that is gone: no reason to stop a run.
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
 
 
 _CLEAR = "\r\x1b[K"

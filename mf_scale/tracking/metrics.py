@@ -52,6 +52,11 @@ class MetricsLog:
                     os.ftruncate(self._file, start)
                 raise
 
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Close the file; closing twice is fine."""
         if self._file >= 0:

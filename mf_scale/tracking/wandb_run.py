@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from mf_scale.config.schema import TrackingConfig
+from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir, write_atomically
 
 QUEUE_LINES = 1000
@@ -48,7 +49,7 @@ class WandbRun:
         try:
             self._put({"open": _run_settings(config, run), "config": _plain(settings)})
             self._child = _start_client(run)
-        except (OSError, TypeError, ValueError):
+        except (OSError, TypeError, ValueError, UserError):
             self.dropped += 1
             return
         self._thread = threading.Thread(target=self._feed, name="wandb", daemon=True)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mf_scale.rundir import (
     committed_checkpoints,
     disk_errors,
     file_digest,
+    is_checkpoint_name,
     write_atomically,
 )
 from mf_scale.training.moments import moments_file, write_moments
@@ -141,7 +142,7 @@ def _fail(number: int) -> None:
 def retain(run: RunDir, keep: int) -> list[Path]:
     """Remove all but the newest `keep` committed checkpoints, oldest first, never the only sound one. Rank 0 only."""
     committed = committed_checkpoints(run)
-    if not any(checkpoint_damage(folder) is None for folder in committed[:keep]):
+    if not any(checkpoint_damage(folder, digests=False) is None for folder in committed[:keep]):
         return []
     surplus = committed[keep:]
     for folder in reversed(surplus):
@@ -154,7 +155,21 @@ def retain(run: RunDir, keep: int) -> list[Path]:
 def sweep(run: RunDir) -> list[str]:
     """Remove what interrupted saves and removals left; the names. Rank 0 only, before training."""
     folders = [f for f in run.checkpoints.iterdir() if f.is_dir()] if run.checkpoints.is_dir() else []
-    removed = [f for f in folders if f.name.startswith(_TEMPORARY) or not (f / MANIFEST).is_file()]
+    removed = [f for f in folders if _is_leftover(f)]
     for folder in removed:
         shutil.rmtree(folder, ignore_errors=True)
     return [folder.name for folder in removed]
+
+
+def _is_leftover(folder: Path) -> bool:
+    if folder.name.startswith(_TEMPORARY):
+        return is_checkpoint_name(folder.name.removeprefix(_TEMPORARY))
+    return is_checkpoint_name(folder.name) and not (folder / MANIFEST).is_file()
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints that a start walked back from; one that becomes readable again must not come back."""
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)

@@ -27,6 +27,11 @@ class Meter:
         self._samples += samples
         self._wait += data_wait
 
+    @property
+    def steps(self) -> int:
+        """Steps since the last reading, the same on every rank."""
+        return self._steps
+
     def pause(self, seconds: float) -> None:
         """Leave `seconds` (a checkpoint, a validation) out of the speed."""
         self._began += seconds

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass, field
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from mf_scale.distributed.launch import STOP_SIGNALS, allow_stop_signals
 
 
 @dataclass
@@ -33,4 +33,5 @@ def install_handlers() -> StopFlag:
 
     for stop in STOP_SIGNALS:
         signal.signal(stop, note)
+    allow_stop_signals()
     return flag

@@ -12,7 +12,8 @@ from typing import Any
 
 from mf_scale import __version__
 from mf_scale.config.load import config_to_dict
-from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest
+from mf_scale.distributed import comm
+from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
 from mf_scale.tracking.console import ProgressLine
 from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.tracking.wandb_run import WandbRun
@@ -32,15 +33,25 @@ class Recorder:
         self._progress = ProgressLine(session.config.train.steps, sys.stderr) if log else None
         self._latest: dict[str, float] = {}
         self._ticked = 0.0
+        self.failure: UserError | None = None
+        """Why metrics.jsonl could not be written (a full disk). The ranks hear of it at the next step, together."""
 
     def event(self, event: str, **values: Any) -> None:
         """Append an event at the present step."""
         if self._log:
-            self._log.write(event, self._session.state.step, **values)
+            try:
+                self._log.write(event, self._session.state.step, **values)
+            except UserError as error:
+                self.failure = self.failure or error
         if self._wandb and event in _TO_WANDB:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             prefix = "train" if event == "step" else event
             self._wandb.log(self._session.state.step, {f"{prefix}/{k}": v for k, v in numbers.items()})
+
+    def flush(self) -> None:
+        """Force what was written to the disk: a committed checkpoint must not know more steps than the metrics."""
+        if self._log:
+            self._log.flush()
 
     def step(self, means: dict[str, Any], **values: Any) -> None:
         """Append the means of a logging interval and show them."""
@@ -81,9 +92,9 @@ class Recorder:
 @contextmanager
 def open_recorder(session: Session) -> Iterator[Recorder]:
     """The recorder of a session, with its `start` event written and the start shown."""
-    log = wandb = None
-    if session.world.first:
-        log = MetricsLog(session.run.metrics)
+    log = comm.together(lambda: MetricsLog(session.run.metrics) if session.world.first else None)
+    wandb = None
+    if log is not None:
         wandb = WandbRun(session.config.tracking, session.run, config_to_dict(session.config))
     recorder = Recorder(session, log, wandb)
     _announce(session, recorder)

@@ -48,6 +48,7 @@ class Saver:
             return None
         began = time.monotonic()
         session.engine.share_buffers()
+        self._recorder.flush()
         problem = save(session.run, session.engine, state, session.world, session.settings)
         if problem is None:
             self._saved_step = state.step

@@ -21,6 +21,8 @@ class TrainState:
     """Samples consumed."""
     quarantined: int
     """Samples that did not decode and were replaced."""
+    validated: int
+    """The last step a validation loss was finished at."""
     data: DataState
     """Segments of the data order."""
 
@@ -30,6 +32,7 @@ class TrainState:
             "updates": self.updates,
             "samples": self.samples,
             "quarantined": self.quarantined,
+            "validated": self.validated,
             "data": self.data.to_dict(),
         }
 
@@ -40,5 +43,6 @@ class TrainState:
             int(data["updates"]),
             int(data["samples"]),
             int(data["quarantined"]),
+            int(data["validated"]),
             DataState.from_dict(data["data"]),
         )

@@ -33,6 +33,8 @@ class Agreement:
     """Rank 0's clock says that a checkpoint is due."""
     quarantined: int
     """Samples of this step that were replaced, all ranks."""
+    failed: bool
+    """Some rank cannot go on (it has no batch, or nowhere to write): all of them end here, nobody is left waiting."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ class StepResult:
     """Non-finite matching costs that were replaced."""
 
 
-def agree(batch: Batch, criterion: Criterion, queries: int, *, stop: bool, save: bool) -> Agreement:
+def agree(
+    batch: Batch | None, criterion: Criterion, queries: int, *, stop: bool, save: bool, failed: bool
+) -> Agreement:
     """Sum what the step needs over the ranks. Micro-batches are parts of `batch`, so its totals are theirs."""
-    segments, class_weight = target_totals(batch, queries, criterion.loss.no_object_weight)
-    bad = sum(event.get("event") == "quarantine" for event in batch.events)
-    total = comm.sum_array(np.array([segments, class_weight, stop, save, bad], dtype=np.float64))
+    segments, class_weight, bad = 0.0, 0.0, 0
+    if batch is not None:
+        segments, class_weight = target_totals(batch, queries, criterion.loss.no_object_weight)
+        bad = sum(event.get("event") == "quarantine" for event in batch.events)
+    total = comm.sum_array(np.array([segments, class_weight, stop, save, bad, failed], dtype=np.float64))
     normalisers = Normalisers(num_masks=max(1.0, float(total[0])), class_weight=float(total[1]))
-    return Agreement(normalisers, int(total[0]), bool(total[2]), bool(total[3]), int(total[4]))
+    return Agreement(normalisers, int(total[0]), bool(total[2]), bool(total[3]), int(total[4]), bool(total[5]))
 
 
 def train_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from mf_scale.config.schema import Config
@@ -12,7 +13,7 @@ from mf_scale.data.batch import Batch
 from mf_scale.data.loader import train_steps
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
-from mf_scale.errors import GuardError, StoppedOnRequest
+from mf_scale.errors import GuardError, StoppedOnRequest, UserError
 from mf_scale.training.meter import Meter
 from mf_scale.training.preemption import StopFlag
 from mf_scale.training.recorder import Recorder, open_recorder
@@ -32,15 +33,24 @@ def train(config: Config, world: World, flag: StopFlag) -> None:
     with (
         comm.process_group(world, timeout=config.train.collective_timeout) as device,
         open_session(config, world, device) as session,
-        open_recorder(session) as recorder,
     ):
-        saver = Saver(session, recorder)
-        stopped = _run_steps(session, recorder, saver, flag)
-        saver.save_last()
-        reason = (flag.reason or "asked through another rank") if stopped else "done"
-        recorder.event("stop", reason=reason)
+        with open_recorder(session) as recorder:
+            stopped = _run(session, recorder, flag)
+        # Together: the first exit code that srun sees makes it end the other ranks.
+        comm.barrier()
         if stopped:
             raise StoppedOnRequest
+
+
+def _run(session: Session, recorder: Recorder, flag: StopFlag) -> bool:
+    saver = Saver(session, recorder)
+    if session.state.step >= session.config.train.steps:
+        recorder.note(f"nothing to do: {session.state.step:,} of {session.config.train.steps:,} steps are done")
+    stopped = _run_steps(session, recorder, saver, flag)
+    saver.save_last()
+    reason = (flag.reason or "asked through another rank") if stopped else "done"
+    recorder.event("stop", reason=reason)
+    return stopped
 
 
 def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag) -> bool:
@@ -48,16 +58,30 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFla
     config, state = session.config, session.state
     meter = Meter(session.device)
     skipped_in_a_row = 0
+    # A validation that a stop interrupted is made up for.
+    meter.pause(_validate_if_due(session, recorder, flag))
     with closing(_stream(session)) as stream:
         while state.step < config.train.steps:
-            began = time.perf_counter()
-            _, batch = next(stream)
-            waited = time.perf_counter() - began
-            agreement = agree(batch, session.criterion, session.queries, stop=flag.wanted, save=saver.due_by_time())
+            batch, waited, failure = _next_batch(stream, recorder)
+            agreement = agree(
+                batch,
+                session.criterion,
+                session.queries,
+                stop=flag.wanted,
+                save=saver.due_by_time(),
+                failed=failure is not None,
+            )
+            if agreement.failed or agreement.stop:
+                _log(session, recorder, meter)
+            if agreement.failed:
+                saver.save()
+                comm.together(partial(_raise, failure))
             if agreement.stop:
                 return True
             if agreement.save:
+                _log(session, recorder, meter)
                 meter.pause(saver.save())
+            assert batch is not None  # else the step had failed
             result = _train_step(session, batch, agreement)
             meter.add(result, config.train.global_batch, waited)
             state.step += 1
@@ -66,12 +90,33 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFla
             _record_samples(session, recorder, batch, agreement)
             skipped_in_a_row = 0 if result.outcome.applied else skipped_in_a_row + 1
             _guard(session, recorder, result, skipped_in_a_row)
-            _log(session, recorder, meter, result)
-            if config.eval.every_steps and state.step % config.eval.every_steps == 0:
-                meter.pause(_validate(session, recorder, flag))
+            if state.step % config.train.log_every == 0 or state.step == config.train.steps:
+                _log(session, recorder, meter, grad_norm=result.outcome.grad_norm)
+            recorder.tick()
+            meter.pause(_validate_if_due(session, recorder, flag))
             if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0:
+                _log(session, recorder, meter)
                 meter.pause(saver.save())
-    return False
+    comm.together(lambda: _raise(recorder.failure))
+    return _validation_due(session)
+
+
+def _next_batch(
+    stream: Generator[tuple[int, Batch], None, None], recorder: Recorder
+) -> tuple[Batch | None, float, UserError | None]:
+    """This rank's next batch, the seconds it waited, and why this rank cannot go on, if so."""
+    began = time.perf_counter()
+    batch, failure = None, recorder.failure
+    try:
+        _, batch = next(stream)
+    except UserError as error:
+        failure = error
+    return batch, time.perf_counter() - began, failure
+
+
+def _raise(failure: UserError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _stream(session: Session) -> Generator[tuple[int, Batch], None, None]:
@@ -140,20 +185,24 @@ def _guard(session: Session, recorder: Recorder, result: StepResult, skipped_in_
         raise comm.agreed(GuardError(what, where=where, remedy=remedy))
 
 
-def _log(session: Session, recorder: Recorder, meter: Meter, result: StepResult) -> None:
+def _log(session: Session, recorder: Recorder, meter: Meter, grad_norm: float | None = None) -> None:
+    """Write the means of the steps since the last line, if any; also early, before what they tell could be lost."""
     config, state = session.config, session.state
-    if state.step % config.train.log_every and state.step != config.train.steps:
-        recorder.tick()
-        return
-    values = meter.read()
-    factor = lr_factor(config.schedule, max(0, state.updates - 1), config.train.steps)
-    recorder.step(values, updates=state.updates, lr=config.optimizer.lr * factor, grad_norm=result.outcome.grad_norm)
+    if meter.steps:
+        factor = lr_factor(config.schedule, max(0, state.updates - 1), config.train.steps)
+        recorder.step(meter.read(), updates=state.updates, lr=config.optimizer.lr * factor, grad_norm=grad_norm)
 
 
-def _validate(session: Session, recorder: Recorder, flag: StopFlag) -> float:
-    """Seconds it took."""
+def _validation_due(session: Session) -> bool:
+    every, state = session.config.eval.every_steps, session.state
+    here = bool(every) and state.step > 0 and state.step % every == 0
+    return here and session.validation is not None and state.validated < state.step
+
+
+def _validate_if_due(session: Session, recorder: Recorder, flag: StopFlag) -> float:
+    """Seconds it took. A stop in between leaves the validation due."""
     began = time.perf_counter()
-    if session.validation is not None:
+    if _validation_due(session) and session.validation is not None:
         values = validation_loss(
             session.engine,
             session.criterion,
@@ -164,6 +213,7 @@ def _validate(session: Session, recorder: Recorder, flag: StopFlag) -> float:
             lambda: flag.wanted,
         )
         if values is not None:
+            session.state.validated = session.state.step
             recorder.event("validation", **values)
             bad = f", without {values['undecodable']} samples that do not decode" if values["undecodable"] else ""
             recorder.note(f"step {session.state.step}: validation loss {values['loss']:.4g}{bad}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_tools.__main__ import main as tools
 from mf_scale.cli import main
 from tests.integration.program import SMALL, Run
 
@@ -78,6 +82,69 @@ def test_an_unknown_backbone_names_its_neighbours(tmp_path, packed, capsys):
     assert "resnet50" in train(tmp_path, packed, capsys, "model.backbone.name=resnet_50")
 
 
+def test_somebody_elses_folder_is_left_alone(tmp_path, packed, capsys):
+    theirs = tmp_path / "run/checkpoints/best/model.pt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    assert "no run of this program" in train(tmp_path, packed, capsys)
+    assert theirs.read_text() == "precious"
+
+
+def test_a_vocabulary_in_another_order_is_refused_on_resume(tmp_path, packed):
+    run = Run(tmp_path / "run", packed)
+    assert run.train("train.steps=2", processes=1).returncode == 0
+    source = tmp_path / "turned"
+    shutil.copytree(packed / "train", source)
+    turned = json.loads((ROOT / "data_tools/vocabularies/coco_panoptic_133.json").read_text())
+    turned["classes"].reverse()
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    (source / "index.json").unlink()
+    assert tools(["index", str(source), "--vocabulary", str(tmp_path / "turned.json")]) in (0, None)
+    for more in ([], [f"run_dir={tmp_path}/new", f"train.init_from={run.folder}"]):
+        done = run.train(f"data.train={source}", "data.val=null", "train.steps=4", *more, processes=1)
+        assert done.returncode == 2
+        assert "the first class that differs is 'person'" in done.stderr
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, packed):
+    run = Run(tmp_path / "run", packed)
+    assert run.train("train.steps=2", processes=1).returncode == 0
+    before = (run.folder / "config.yaml").read_text()
+    done = run.train("train.steps=4", "model.decoder.queries=7")
+    assert done.returncode == 2
+    assert done.stderr.count("mf-scale: ") == 1, done.stderr
+    assert (run.folder / "config.yaml").read_text() == before
+
+
+def test_metrics_that_cannot_be_written_end_all_ranks_in_one_paragraph(tmp_path, packed):
+    run = Run(tmp_path / "run", packed)
+    (run.folder / "metrics.jsonl").mkdir(parents=True)
+    (run.folder / ".lock").write_text("")
+    done = run.train("train.steps=4")
+    assert done.returncode == 2
+    assert done.stderr.count("mf-scale: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_shard_cut_short_in_mid_run_ends_all_ranks_and_loses_nothing(tmp_path, packed):
+    source = tmp_path / "train"
+    shutil.copytree(packed / "train", source)
+    run = Run(tmp_path / "run", packed)
+    overrides = [f"data.train={source}", "train.steps=300", "data.buffer_mib=1", "data.shuffle=full"]
+    child = subprocess.Popen(run.command(*overrides), stderr=subprocess.PIPE, text=True)
+    try:
+        while run.last_step() < 2 and child.poll() is None:
+            time.sleep(0.05)
+        os.truncate(next(source.glob("*.tar")), 20_000)
+        _, output = child.communicate(timeout=90)
+    finally:
+        child.kill()
+    assert child.returncode in (2, 75), output
+    assert output.count("mf-scale: ") == 1, output
+    assert "Traceback" not in output
+    assert run.state(run.last_step())["step"] == run.last_step()
+
+
 def test_batch_that_cannot_be_cut(tmp_path, packed, capsys):
     assert "train.micro_batch = 3 does not divide" in train(tmp_path, packed, capsys, "train.micro_batch=3")
 
@@ -125,10 +192,6 @@ def test_too_many_bad_samples_stop_the_run_with_3(tmp_path, packed):
 
 def spoil_one_image(source: Path) -> None:
     """Cut the first image short in place (zeros), and bring size and checksums of the index up to date."""
-    import tarfile
-
-    from data_tools.__main__ import main as tools
-
     shard = next(source.glob("*.tar"))
     with tarfile.open(shard) as tar:
         member = next(m for m in tar if m.name.endswith(".jpg"))

@@ -34,6 +34,15 @@ def test_validation_loss_does_not_depend_on_the_layout(first, tmp_path, packed):
     assert set(run.series("validation", "undecodable").values()) == {0}
 
 
+def test_a_validation_that_was_missed_is_made_up_for(tmp_path, packed):
+    run = Run(tmp_path / "late", packed)
+    assert run.train("train.steps=2", "data.val=null", "eval.every_steps=2", processes=1).returncode == 0
+    assert run.series("validation", "loss") == {}
+    for _ in range(2):
+        assert run.train("train.steps=2", "eval.every_steps=2", "eval.loss_samples=2", processes=1).returncode == 0
+        assert list(run.series("validation", "loss")) == [2]
+
+
 def test_init_from_takes_the_weights_and_nothing_else(first, tmp_path, packed):
     run = Run(tmp_path / "tuned", packed)
     done = run.train("train.steps=1", f"train.init_from={first[0].folder}", processes=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -83,4 +85,47 @@ def test_a_damaged_checkpoint_is_walked_back_from(tmp_path: Path, packed: Path, 
     assert done.returncode == 0, done.stderr
     assert "step-00000010 is damaged" in done.stderr
     assert "at step 8" in done.stderr
+    assert (run.folder / "checkpoints/step-00000010.damaged").is_dir()
     assert_same_history(run, undisturbed)
+
+
+def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path, packed: Path) -> None:
+    """Its loader workers live on for some seconds; the same command must not find the directory taken."""
+    run = Run(tmp_path / "alone", packed)
+    assert run.train_until(2, signal.SIGKILL, STEPS, processes=1) == -signal.SIGKILL
+    done = run.train("train.steps=3", processes=1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stop_right_after_the_start_is_not_lost(tmp_path: Path, packed: Path) -> None:
+    run = Run(tmp_path / "early", packed)
+    for delay in (0.15, 0.4):
+        child = subprocess.Popen(run.command("train.steps=400"), stderr=subprocess.PIPE, text=True)
+        try:
+            time.sleep(delay)
+            child.send_signal(signal.SIGTERM)
+            _, output = child.communicate(timeout=90)
+        finally:
+            child.kill()
+        # Before Python has installed any handler the signal's default ends the launcher, with no rank started.
+        assert child.returncode in (85, -signal.SIGTERM), output
+    assert run.last_step() < 3
+
+
+def test_what_a_line_tells_is_written_before_a_stop(tmp_path: Path, packed: Path) -> None:
+    """Lines are means over `log_every` steps; a stop in between writes the mean of the steps so far."""
+    run = Run(tmp_path / "lines", packed)
+    assert run.train("train.steps=10", "train.log_every=4", "data.val=null", processes=1).returncode == 0
+    assert list(run.series("step", "loss")) == [4, 8, 10]
+    more = ["train.steps=400", "train.log_every=1000", "checkpoint.every_steps=0"]
+    child = subprocess.Popen(run.command(*more, processes=1), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while run.series("keys", "keys").keys() <= set(range(13)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == 85
+    finally:
+        child.kill()
+    stop = [r for r in run.records() if r["event"] == "stop"][-1]["step"]
+    assert list(run.series("step", "loss"))[-1] == stop > 12

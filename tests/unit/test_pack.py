@@ -232,6 +232,91 @@ def test_errors_of_the_command_line(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+VAL = ["pack", "coco_panoptic", str(SAMPLE), "{tmp}/out", "--split", "val", "--workers", "1"]
+MISTAKES = {
+    "target is a file": (["pack", "coco_panoptic", str(SAMPLE), "{tmp}/file", "--split", "val"], "{tmp}/file"),
+    "target below a file": (["pack", "coco_panoptic", str(SAMPLE), "{tmp}/file/x", "--split", "val"], "{tmp}/file/x"),
+    "target to overwrite is a file": ([*VAL[:3], "{tmp}/file", "--split", "val", "--overwrite"], "{tmp}/file"),
+    "target under /proc": ([*VAL[:3], "/proc/x", "--split", "val"], "/proc/x"),
+    "name too long": ([*VAL[:3], "{tmp}/" + "x" * 300, "--split", "val"], "File name too long"),
+    "split is a file": (["pack", "coco_panoptic", "{tmp}/cut", "{tmp}/out", "--split", "val"], "{tmp}/cut/val"),
+    "seed": ([*VAL, "--seed", "-1"], "--seed: '-1' is not a whole number of 0 or more"),
+    "workers": ([*VAL, "--workers", "0"], "--workers: '0' is not a whole number of 1 or more"),
+    "vocabulary is a folder": ([*VAL, "--vocabulary", "{tmp}"], "{tmp}"),
+    "vocabulary of index is a folder": (["index", "{packed}", "--vocabulary", "{tmp}", "--overwrite"], "{tmp}"),
+    "index of a file": (["index", "{tmp}/file", "--vocabulary", str(VOCABULARY)], "{tmp}/file"),
+    "no folder for the picture": (["preview", "{packed}", "{tmp}/none/s.png"], "{tmp}/none/s.png"),
+    "picture is a folder": (["preview", "{packed}", "{tmp}/folder.png"], "{tmp}/folder.png"),
+    "count": (["preview", "{packed}", "{tmp}/s.png", "--count", "-3"], "--count: '-3' is not a whole number of 1"),
+    "count is a word": (["preview", "{packed}", "{tmp}/s.png", "--count", "all"], "--count: 'all' is not"),
+    "no command": ([], "COMMAND"),
+    "verify of a file": (["verify", "{tmp}/file"], "{tmp}/file"),
+    "stats of nothing": (["stats", "/proc/x"], "/proc/x"),
+}
+
+
+@pytest.mark.parametrize("arguments, named", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_paragraph(packed, tmp_path, capsys, arguments, named):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(SAMPLE / "annotations", tmp_path / "cut" / "annotations")
+    (tmp_path / "cut" / "val").write_text("no folder")
+    before = files_of(packed)
+    assert main([a.format(tmp=tmp_path, packed=packed) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert named.format(tmp=tmp_path) in said
+    assert (tmp_path / "file").read_text() == "mine" and files_of(packed) == before
+    assert not (tmp_path / "s.png").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["pack", "index", "verify", "stats", "preview"])
+def test_an_interrupt_is_one_line(packed, tmp_path, capsys, monkeypatch, command):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    place = {"pack": "pack.encode_sample", "index": "index.scan_shard", "preview": "preview.draw_segments"}
+    monkeypatch.setattr(f"data_tools.{place.get(command, 'source.open_reader')}", interrupt)
+    shards = Path(shutil.copytree(packed, tmp_path / "shards"))
+    arguments = {
+        "pack": [a.format(tmp=tmp_path) for a in VAL],
+        "index": ["index", str(shards), "--vocabulary", str(VOCABULARY), "--overwrite"],
+        "preview": ["preview", str(packed), str(tmp_path / "s.png")],
+    }
+    assert main(arguments.get(command, [command, str(packed)])) == 130
+    lines = capsys.readouterr().err.splitlines()
+    goes_on = "; the same command goes on where it stopped" if command == "pack" else ""
+    assert lines[-1] == f"interrupted{goes_on}" and "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
+def test_an_interrupted_pack_goes_on(packed, tmp_path, whole_group):
+    target = tmp_path / "interrupted"
+    slow = (
+        "import sys, time, data_tools.pack as pack; from data_tools.__main__ import main; encode = pack.encode_sample;"
+        "pack.encode_sample = lambda *a: time.sleep(0.3) or encode(*a); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["pack", "coco_panoptic", str(SAMPLE), str(target), "--split", "val", "--shard-size", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments, "--workers", "2"],
+        start_new_session=True, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(target.glob("*.tar")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in said and not (target / "index.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in target.glob("*.tar")}
+    assert done and len(done) < 5
+    assert pack(target, "--shard-size", "3") == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert not list(target.glob("*.partial")) and Index.open(target).samples == 13
+
+
 def test_verify_finds_what_is_wrong(packed, tmp_path, capsys):
     assert main(["verify", str(packed)]) == 0
     assert "3 shards and 13 samples are sound" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from mf_scale.rundir import (
     newest_sound_checkpoint,
     resolve_checkpoint,
 )
-from mf_scale.training.checkpoint import retain, sweep
+from mf_scale.training.checkpoint import retain, set_aside, sweep
 
 
 def make(run: RunDir, step: int, text: str = "weights") -> Path:
@@ -37,15 +37,16 @@ def run(tmp_path: Path) -> RunDir:
 
 def test_newest_first_and_half_written_never(run: RunDir) -> None:
     make(run, 9), make(run, 10)
+    (run.checkpoints / "best").mkdir()  # somebody's own: not ours to touch
     (run.checkpoint(11)).mkdir()
     (run.checkpoints / ".writing-step-00000012").mkdir()
     assert [f.name for f in committed_checkpoints(run)] == ["step-00000010", "step-00000009"]
     assert sorted(sweep(run)) == [".writing-step-00000012", "step-00000011"]
-    assert len(list(run.checkpoints.iterdir())) == 2
+    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "step-00000009", "step-00000010"]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest"])
-def test_damage_is_found_and_walked_back_from(run: RunDir, harm: str) -> None:
+def test_damage_is_found_and_walked_back_from(run: RunDir, harm: str, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = make(run, 1), make(run, 2)
     file = newer / "weights.safetensors"
     if harm == "truncated":
@@ -60,8 +61,11 @@ def test_damage_is_found_and_walked_back_from(run: RunDir, harm: str) -> None:
     folder, damaged = newest_sound_checkpoint(run)
     assert folder == older
     assert len(damaged) == 1
-    assert str(newer) in damaged[0]
+    assert str(newer) in damaged[newer]
     assert resolve_checkpoint(str(run.path)) == (run.path, older)
+    assert "is damaged" in caplog.text
+    set_aside(damaged)
+    assert [f.name for f in committed_checkpoints(run)] == ["step-00000001"]
 
 
 def test_a_manifest_cannot_name_a_file_outside(run: RunDir) -> None:

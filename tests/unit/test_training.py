@@ -118,7 +118,8 @@ def start(arguments, rank, size, rendezvous):
     return subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "RANK": str(rank)},
                             preexec_fn=launcher._end_with_parent)
 launcher._start = start
-sys.exit(launcher.launch([], 2))
+from mf_scale.training.preemption import install_handlers
+sys.exit(launcher.launch([], 2, install_handlers().signals))
 """
 
 
@@ -140,6 +141,7 @@ def launch(rank_code: str, tmp_path: Path, kill: int | None = None) -> tuple[int
 WAIT_FOR_TERM = """
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 open(f'ready-{rank}', 'w').close()
 while not stop: time.sleep(0.02)
 """

@@ -1,0 +1,140 @@
+"""Before a run starts: everything that can be refused is refused here, on rank 0, before anything is changed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mf_scale.config.schema import Config
+from mf_scale.config.validate import check_vocabulary, plan_batch
+from mf_scale.data.index import Index, verify_shards
+from mf_scale.distributed.env import World
+from mf_scale.errors import UserError
+from mf_scale.rundir import (
+    VOCABULARY,
+    RunDir,
+    committed_checkpoints,
+    disk_errors,
+    newest_sound_checkpoint,
+    resolve_checkpoint,
+    write_atomically,
+)
+from mf_scale.training.checkpoint import set_aside, sweep
+from mf_scale.vocabulary import Vocabulary
+
+_LOCK = ".lock"
+_CHECKSUM_BYTES = 256 * 2**20
+"""Sources up to this size are checked by digest before training, larger ones by the size of every shard."""
+
+
+def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[str, Any]:
+    """On rank 0: every check that needs the data or the disk; takes the lock. What the others must know."""
+    if not config.data.train:
+        raise UserError(
+            "data.train is not set", remedy="Name a source that `python -m data_tools pack` wrote: data.train=FOLDER."
+        )
+    plan_batch(config, world.size)
+    index = Index.open(config.data.train)
+    check_vocabulary(config, index.vocabulary, where=config.data.train)
+    verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
+    if config.data.val:
+        _check_validation(Index.open(config.data.val), index, config.data.val)
+    _refuse_foreign(run)
+    notes = _lock(run, lock)
+    checkpoint, damaged = newest_sound_checkpoint(run)
+    if damaged and checkpoint is None:
+        raise UserError(
+            f"no checkpoint of this run is sound: {' '.join(damaged.values())}",
+            where=str(run.path),
+            remedy="Restore one, or start a new run_dir (train.init_from can take weights from elsewhere).",
+        )
+    source = checkpoint or (resolve_checkpoint(config.train.init_from)[1] if config.train.init_from else None)
+    if source is not None:
+        _check_same_vocabulary(Vocabulary.load(source / VOCABULARY), index, str(source))
+    return {
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "damaged": [str(folder) for folder in damaged],
+        "notes": [*notes, *damaged.values()],
+    }
+
+
+def settle(run: RunDir, settings: dict[str, str], damaged: list[Path]) -> list[str]:
+    """On rank 0, once nothing can be refused any more: clean up and write what the run is. Notes for the person."""
+    with disk_errors(run.path):
+        run.checkpoints.mkdir(exist_ok=True)
+        set_aside(damaged)
+    swept = sweep(run)
+    for name, text in settings.items():
+        write_atomically(run.path / name, text)
+    return [f"removed the unfinished {name}" for name in swept]
+
+
+def _refuse_foreign(run: RunDir) -> None:
+    """A folder that holds somebody else's configuration or checkpoints is not overwritten."""
+    ours = run.metrics.exists() or (run.path / _LOCK).exists() or committed_checkpoints(run)
+    if not ours and (run.config.exists() or run.checkpoints.exists()):
+        raise UserError(
+            "the run directory holds files that no run of this program left there (config.yaml or checkpoints/)",
+            where=str(run.path),
+            remedy="Choose another run_dir.",
+        )
+
+
+def _check_same_vocabulary(saved: Vocabulary, index: Index, where: str) -> None:
+    if saved.digest != index.vocabulary.digest:
+        changed = [a for a, b in zip(saved.names, index.vocabulary.names, strict=False) if a != b]
+        raise UserError(
+            f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the source has "
+            f"{index.vocabulary.name!r} ({len(index.vocabulary)} classes)"
+            + (f"; the first class that differs is {changed[0]!r}" if changed else ""),
+            where=where,
+            remedy="Pack the source with the checkpoint's vocabulary, or start a new run without these weights.",
+        )
+
+
+def _check_validation(validation: Index, index: Index, where: str) -> None:
+    if validation.vocabulary.digest != index.vocabulary.digest:
+        raise UserError(
+            f"the validation source has vocabulary {validation.vocabulary.name!r} "
+            f"({len(validation.vocabulary)} classes), the training source {index.vocabulary.name!r} "
+            f"({len(index.vocabulary)} classes)",
+            where=where,
+            remedy="Pack both with the same vocabulary.",
+        )
+    verify_shards(validation, checksums=False)
+
+
+def _lock(run: RunDir, held: list[int]) -> list[str]:
+    """Take the run directory's lock, held until the process ends: two trainings in one directory spoil each other."""
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    notes = []
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").split()
+        os.close(handle)
+        raise UserError(
+            f"another process is training in this run directory (pid and host: {' '.join(holder)})",
+            where=str(run.path),
+            remedy="Wait for it or stop it, or choose another run_dir.",
+        ) from error
+    except OSError as error:
+        notes = [f"this file system has no locks ({error.strerror}): take care that only one job trains in {run.path}"]
+    with disk_errors(run.path):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    held.append(handle)
+    # A loader worker that outlives a killed rank for some seconds must not hold its lock.
+    os.register_at_fork(after_in_child=partial(_let_go, held))
+    return notes
+
+
+def _let_go(held: list[int]) -> None:
+    while held:
+        os.close(held.pop())
