@@ -19,7 +19,6 @@ from mf_scale.data.order import SampleOrder, Segment, positions, rank_lanes, wor
 from mf_scale.data.reader import SampleReader
 from mf_scale.data.samples import BadSample
 from mf_scale.data.state import DataState
-from mf_scale.data.storage import StorageError
 from mf_scale.data.targets import TargetRules, make_targets
 from mf_scale.data.transforms import fitted_sample, sample_generator, training_sample
 from mf_scale.data.workers import worker_parts
@@ -75,7 +74,7 @@ class RankStream(IterableDataset[Any]):
             while True:
                 yield self._part(step, share.lanes, order, reader, rules)
                 step += share.stride
-        except (UserError, StorageError) as error:
+        except UserError as error:
             yield error
 
     def _part(
