@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on this machine without SLURM, starting again whenever a rank was asked to stop (exit code 85), as a cluster
-# would requeue the job.
+# Train on this machine without SLURM, starting again whenever a rank was asked to stop (exit code 85) or storage or
+# network failed (75), as a cluster would requeue the job.
 #   launch/local.sh CONFIG [key=value ...] [--processes N]
 # Ctrl-C or TERM to this script stops for good: the state is committed, and the same command goes on.
 set -u
@@ -21,10 +21,10 @@ while :; do
   code=$?
   # 85: stopped on request, state committed; 75: storage or network failed, go on from the last commit.
   case "$code" in 85|75) [ "$stopped" -eq 0 ] || exit "$code" ;; *) exit "$code" ;; esac
-  # A run that is stopped again at once would go round for ever.
-  if [ $((SECONDS - began)) -lt 5 ]; then quick=$((${quick:-0} + 1)); else quick=0; fi
-  if [ "$quick" -ge 3 ]; then
-    echo "launch/local.sh: ended three times within seconds of its start, giving up" >&2
+  # A run that ends again soon after every start would go round for ever.
+  if [ $((SECONDS - began)) -lt 60 ]; then short=$((${short:-0} + 1)); else short=0; fi
+  if [ "$short" -ge 5 ]; then
+    echo "launch/local.sh: five starts in a row ended within a minute, giving up" >&2
     exit "$code"
   fi
   echo "== exit code $code: starting again"
