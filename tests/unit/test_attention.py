@@ -74,7 +74,6 @@ def test_auto_takes_sdpa_on_a_cpu_and_forcing_xformers_there_says_why():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_xformers_equals_the_reference_on_a_gpu():
     for length in range(1, 18):
         for width in (8, 12):
