@@ -67,7 +67,8 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Every line that still holds, in order; [] where there is no file.
 
-    A `start` line takes the run back to its step: lines of later steps written before it are superseded.
+    A `start` line takes the run back to its step: lines of later steps written before it are superseded. A validation
+    that was made up for after a stop supersedes an earlier one of its step.
     A torn last line is left out; other unreadable lines are left out with a warning.
     """
     try:
@@ -75,6 +76,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     kept: list[dict[str, Any]] = []
+    validated: set[int] = set()
     unreadable = 0
     for line in lines[:-1]:
         record = _parse(line)
@@ -83,6 +85,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             continue
         if record["event"] == "start":
             kept = [r for r in kept if r["step"] <= record["step"] or r["event"] in PROCESS_EVENTS]
+        if record["event"] == "validation":
+            if record["step"] in validated:
+                kept = [r for r in kept if (r["event"], r["step"]) != ("validation", record["step"])]
+            validated.add(record["step"])
         kept.append(record)
     if unreadable:
         logging.getLogger(__name__).warning("%s: %d unreadable lines are left out", path, unreadable)
