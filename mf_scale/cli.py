@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mf_scale import __version__
 from mf_scale.errors import StoppedOnRequest, UserError
@@ -177,5 +180,18 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """`main` as a process: what it says is flushed, then the process ends with its exit code.
+
+    Without the libraries' own teardown: once in some thirty runs a native thread aborted there ("terminate called
+    without an active exception"), after everything was written, and the exit code was no longer ours.
+    """
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

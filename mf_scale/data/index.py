@@ -191,7 +191,8 @@ def _open_table(storage: Storage, columns: Mapping[str, Any]) -> pa.Table:
     if storage.size(columns["name"]) != columns["size"]:
         raise ValueError(f"{columns['name']} does not have the {columns['size']} bytes that {HEAD} says")
     data = pa.BufferReader(storage.read_all(columns["name"])) if path is None else pa.memory_map(str(path))
-    table = pa.ipc.open_file(data).read_all()
+    # Without its thread pool: a mapped table needs none, and loader workers are forked from this process.
+    table = pa.ipc.open_file(data, options=pa.ipc.IpcReadOptions(use_threads=False)).read_all()
     if table.schema != SCHEMA or table.column(0).num_chunks != 1:
         raise ValueError(f"{columns['name']} has other columns than an index has")
     return table
