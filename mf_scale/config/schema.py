@@ -26,6 +26,9 @@ class DataConfig:
     """What a segment is: panoptic as packed; semantic joins the segments of a class; instance drops stuff."""
     crop: list[int] = field(default_factory=lambda: [512, 512])
     """Height and width of a training sample in pixels (paper: 512 on ADE20K, 640 on COCO-Stuff-10k)."""
+    resize: str = choice("scale", "detr")
+    """scale: shorter side drawn from `scale`, then a random crop; detr: shorter side 480 to 800, half of the time after
+    a crop of 384 to 600 of a resized image, fitted into `crop` (paper: scale, on COCO panoptic detr)."""
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Range of the shorter side before cropping, as a multiple of the crop's shorter side (paper: 0.5 to 2.0)."""
     flip: float = 0.5
@@ -62,16 +65,25 @@ class BackboneConfig:
     """Batch norm keeps its pretrained statistics and affine (paper: FrozenBN)."""
     drop_path: float = 0.0
     """Stochastic depth rate, where the backbone has it (paper: 0.3 for Swin)."""
+    dropout: float = 0.0
+    """Dropout rate of projections and feed-forward parts, where the backbone has them (paper: 0)."""
+    attention_dropout: float = 0.0
+    """Dropout rate on the attention weights, where the backbone has attention (paper: 0)."""
+    recompute_stages: list[int] = field(default_factory=list)
+    """Stages, 1 to 4, whose activations are not kept but made again in the backward pass (less memory, more time)."""
 
 
 @dataclass
 class PixelDecoderConfig:
-    """The FPN that makes pixel embeddings at stride 4."""
+    """The FPN that makes pixel embeddings at stride 4, if wanted with a Transformer encoder on the stride-32 map."""
 
     width: int = 256
     """Channels of the FPN (paper: 256)."""
     mask_channels: int = 256
     """C: channels of pixel and mask embeddings (paper: 256)."""
+    encoder_layers: int = 0
+    """Transformer encoder layers on the stride-32 map, as wide as the FPN (paper: 6 for panoptic with ResNets, else 0).
+    Heads, feedforward, dropout and pre_norm are the decoder's."""
 
 
 @dataclass
@@ -90,24 +102,53 @@ class DecoderConfig:
     """Hidden channels of the feed-forward part (paper: 2048)."""
     dropout: float = 0.1
     """Dropout rate (paper: 0.1)."""
+    pre_norm: bool = False
+    """Normalise before attention and feed-forward instead of after the sum (paper: after)."""
     deep_supervision: bool = True
     """Predictions of every layer enter the loss (paper: yes)."""
 
 
 @dataclass
-class ModelConfig:
-    """MaskFormer: backbone, pixel decoder, Transformer decoder, heads."""
+class PixelLevelConfig:
+    """Any per-pixel segmentation model in the place of backbone and pixel decoder."""
 
+    builder: Optional[str] = None
+    """package.module:function that returns the torch model; none: backbone and FPN. Its code is run."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the builder."""
+    features: Optional[str] = None
+    """Path of the classifier, whose input becomes the features, for example classifier.4; none: found by a trial run."""
+    memory: Optional[str] = None
+    """Path of the layer whose output the queries attend to; none: the features, averaged down to stride 32."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of the images the model expects, RGB in 0..1 (ImageNet's)."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Standard deviation of the images the model expects, RGB in 0..1 (ImageNet's)."""
+
+
+@dataclass
+class ModelConfig:
+    """MaskFormer: backbone, pixel decoder, Transformer decoder, heads; or one of the paper's per-pixel baselines."""
+
+    kind: str = choice("mask_classification", "per_pixel", "per_pixel_plus")
+    """mask_classification: MaskFormer; per_pixel: PerPixelBaseline, a classifier on the pixel embeddings;
+    per_pixel_plus: PerPixelBaseline+, one query a class. The baselines do data.task=semantic only."""
     num_classes: Optional[int] = None
     """K. None takes the vocabulary's; a number must equal it."""
+    size_divisor: int = 32
+    """Images are padded with zeros, below and right, to a multiple of it; 1: not at all (paper: 32)."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Encoder."""
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     """Pixel embeddings."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """Queries."""
+    pixel_level: PixelLevelConfig = field(default_factory=PixelLevelConfig)
+    """A model of your own as the pixel-level module."""
     attention: str = choice("auto", "xformers", "sdpa", "reference")
     """Attention kernel; auto takes the first that runs here: xformers, then torch SDPA."""
+    compile: bool = False
+    """torch.compile in training, for the one shape that data.crop gives (the first steps take minutes)."""
 
 
 @dataclass
@@ -166,10 +207,14 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning-rate factor as a pure function of the update count."""
 
-    name: str = choice("poly", "constant")
-    """poly: (1 - update / steps) ** power; constant."""
+    name: str = choice("poly", "step", "constant")
+    """poly: (1 - update / steps) ** power; step: times gamma at each milestone; constant."""
     power: float = 0.9
     """Exponent of poly (paper: 0.9)."""
+    milestones: list[int] = field(default_factory=list)
+    """Updates at which step multiplies by gamma (paper: 369,600 of 554,400 on COCO)."""
+    gamma: float = 0.1
+    """Factor of step (paper: 0.1)."""
     warmup_updates: int = 0
     """Updates of linear warm-up (paper: 0 with ResNets, 1500 with Swin)."""
     warmup_start: float = 1e-6
@@ -190,6 +235,8 @@ class TrainConfig:
     """bf16: autocast over fp32 parameters; fp32. Losses and matching are fp32 always."""
     init_from: Optional[str] = None
     """Run directory, checkpoint or export whose weights start a new run (weights only; resuming needs no argument)."""
+    reinit_head: bool = False
+    """With init_from: allow another vocabulary and start the class head anew (also as the option --reinit-head)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped_steps: int = 20
@@ -236,6 +283,12 @@ class EvalConfig:
     """Panoptic: class probability below which a query is dropped (paper: 0.8)."""
     overlap_threshold: float = 0.8
     """Panoptic: share of its mask a segment must keep (paper: 0.8)."""
+    mask_threshold: float = 0.5
+    """Probability from which a pixel belongs to a mask (paper: 0.5)."""
+    instance_top_k: int = 100
+    """Instance: (query, class) pairs kept of an image, best first (100: detectron2's and COCO's)."""
+    instance_threshold: float = 0.0
+    """Instance: class probability x mask quality below which an instance is dropped (0: none is, for AP)."""
 
 
 @dataclass

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, validate
-from mf_scale.models.maskformer import MaskFormer, build_model
+from mf_scale.models.build import build_model
 from mf_scale.models.weights import load_weights
 from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, read_json, resolve_checkpoint
 from mf_scale.vocabulary import Vocabulary
@@ -21,7 +22,7 @@ from mf_scale.vocabulary import Vocabulary
 class LoadedModel:
     """A checkpoint in memory."""
 
-    model: MaskFormer
+    model: nn.Module
     """In eval mode, fp32, on the wanted device."""
     config: Config
     """The checkpoint's configuration with the overrides."""

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from mf_scale.config.schema import BackboneConfig
 from mf_scale.errors import UserError
 from mf_scale.models.backbone_weights import fit_backbone, weights_file
+from mf_scale.models.pixel_level import PixelBackbone
 
 STRIDES = (4, 8, 16, 32)
 logger = logging.getLogger(__name__)
 
 
-class Backbone(nn.Module):
+class Backbone(PixelBackbone):
     """Features at strides 4, 8, 16, 32: a list of [B,c,h,w] for an image [B,3,H,W] normalised with `mean` and `std`."""
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
         self.mean, self.std = tuple(mean), tuple(std)
+        self.stride = STRIDES[0]
         info: Any = net.feature_info
         reductions, channels = info.reduction(), info.channels()
         # several stages may share a stride: the deepest one has seen most
@@ -39,7 +41,7 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2).contiguous() for f in picked] if self.rows_first else picked
 
 
-def build_backbone(config: BackboneConfig) -> Backbone:
+def build_backbone(config: BackboneConfig, attention: str = "auto") -> Backbone:
     """Build the timm model `config.name` with its weights; the RNG in force initialises what has none.
 
     UserError for an unknown name (nearest names shown), a model without the strides, and weights that cannot be had.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config, ModelConfig
@@ -20,7 +21,7 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
 from mf_scale.losses.criterion import Criterion
-from mf_scale.models.maskformer import MaskFormer, build_model
+from mf_scale.models.build import build_model, serving_kernel
 from mf_scale.models.weights import load_weights
 from mf_scale.rundir import (
     CONFIG,
@@ -78,7 +79,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         groups = group_table(optimizer.param_groups)
         engine = Engine(model.to(device), optimizer, config, plan, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            notes = [*found["notes"], f"attention: {model.attention_kernel}", groups]
+            notes = [*found["notes"], f"attention: {serving_kernel(config.model.attention, device)}", groups]
         state, message = comm.together(lambda: _state(config, index, checkpoint))
         if checkpoint is not None:
             engine.prepare_moments(state.updates)
@@ -106,7 +107,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
             os.close(lock.pop())
 
 
-def _build_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> MaskFormer:
+def _build_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> nn.Module:
     """The model with the weights of the checkpoint, of `train.init_from`, or of its backbone's pretraining."""
     source = checkpoint / WEIGHTS if checkpoint else None
     if source is None and config.train.init_from:

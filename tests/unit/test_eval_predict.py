@@ -15,7 +15,8 @@ from PIL import Image
 
 from mf_scale.errors import UserError
 from mf_scale.evaluation.predict import predict_images, read_image
-from mf_scale.models.maskformer import build_model
+from mf_scale.models.build import build_model
+from mf_scale.models.maskformer import MaskFormer
 from mf_scale.rundir import RunDir
 from tests.unit.painted import painted_config, write_checkpoint
 
@@ -29,6 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     config.model.decoder = replace(config.model.decoder, layers=1, queries=9, width=16, heads=2, feedforward=16)
     directory = RunDir(tmp_path_factory.mktemp("run"))
     model = build_model(config.model, 4, seed=0)
+    assert isinstance(model, MaskFormer)
     torch.nn.init.constant_(model.heads.class_head.bias[-1:], -20.0)  # no query says no-object
     write_checkpoint(directory, config, model, 3)
     return str(directory.path)

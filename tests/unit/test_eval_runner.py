@@ -17,7 +17,7 @@ from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import answer, inference_size
 from mf_scale.evaluation.results import make_room, results_table, save_evaluation
 from mf_scale.evaluation.runner import class_map, evaluate, evaluate_run, flat_map
-from mf_scale.models.maskformer import build_model
+from mf_scale.models.build import build_model
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.vocabulary import Vocabulary

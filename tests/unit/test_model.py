@@ -18,7 +18,8 @@ from mf_scale.config.schema import (
 from mf_scale.errors import UserError
 from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
 from mf_scale.models.backbones import build_backbone
-from mf_scale.models.maskformer import build_model
+from mf_scale.models.build import build_model
+from mf_scale.models.maskformer import MaskFormer
 from tests.random_batches import CLASSES, random_batch
 
 SMALL = ModelConfig(
@@ -36,7 +37,7 @@ def _images(*size: int) -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("size", [(64, 96), (61, 47), (1, 1), (33, 130)])
+@pytest.mark.parametrize("size", [(64, 96), (61, 47), (32, 32), (33, 130)])
 def test_any_image_size(size):
     prediction = build_model(SMALL, CLASSES, seed=0)(_images(*size))
     assert prediction.pixel_embeddings.shape == (2, 16, -(-size[0] // 4), -(-size[1] // 4))
@@ -45,13 +46,26 @@ def test_any_image_size(size):
         assert layer.class_logits.shape == (2, 6, CLASSES + 1) and layer.mask_embeddings.shape == (2, 6, 16)
 
 
+def test_an_image_smaller_than_a_stride_is_refused():
+    with pytest.raises(UserError, match="20x300 pixels is smaller than one cell"):
+        build_model(SMALL, CLASSES, seed=0)(_images(20, 300))
+
+
+def test_without_padding_the_image_stays_as_it_is():
+    model = build_model(replace(SMALL, size_divisor=1), CLASSES, seed=0)
+    assert isinstance(model, MaskFormer)
+    assert model.prepare(_images(61, 47)).shape[-2:] == (61, 47)
+    assert model(_images(61, 47)).pixel_embeddings.shape == (2, 16, 16, 12)
+
+
 def test_padding_changes_nothing_for_a_size_that_needs_none_and_bytes_equal_floats():
     model, images = build_model(SMALL, CLASSES, seed=0).eval(), _images(64, 64)
+    assert isinstance(model, MaskFormer)
     torch.testing.assert_close(model(images).class_logits, model(images.float()).class_logits)
-    prepared = model._prepare(images)
+    prepared = model.prepare(images)
     assert prepared.shape == images.shape
     torch.testing.assert_close(prepared, images / 127.5 - 1)  # this backbone's mean and std are 0.5
-    assert (model._prepare(images[..., :60])[..., 60:] == 0).all()
+    assert (model.prepare(images[..., :60])[..., 60:] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "convnext_atto"])
@@ -85,7 +99,6 @@ def test_bf16_autocast_trains(name):
         prediction = model(batch.images)
         assert prediction.pixel_embeddings.dtype == torch.bfloat16
         terms = Criterion(LossConfig(), MatchingConfig(), CLASSES)(prediction, batch, Normalisers(5, 7))
-        assert model.attention_kernel == "sdpa"
     assert terms.total.dtype == torch.float32
     terms.total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -137,7 +150,7 @@ def test_parameter_counts_of_the_paper():
         (_with_backbone("resnt50"), "no model 'resnt50'.*resnet50"),
         (_with_backbone("vit_tiny_patch16_224"), "no features at stride 4, 8, 32, only at"),
         (_with_backbone("vgg11", drop_path=0.1), "cannot build 'vgg11'"),
-        (replace(SMALL, decoder=replace(SMALL.decoder, heads=5)), "width 32 must divide by its 5 heads"),
+        (replace(SMALL, decoder=replace(SMALL.decoder, heads=5)), "width 32 must divide by the 5 attention heads"),
         (replace(SMALL, decoder=replace(SMALL.decoder, queries=0)), "decoder.queries must be at least 1"),
     ],
 )

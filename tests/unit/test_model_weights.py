@@ -18,7 +18,7 @@ from mf_scale.config.schema import BackboneConfig
 from mf_scale.errors import UserError
 from mf_scale.models.backbone_weights import fit_backbone, weights_file
 from mf_scale.models.backbones import build_backbone
-from mf_scale.models.maskformer import build_model
+from mf_scale.models.build import build_model
 from mf_scale.models.weights import load_weights, read_weights
 from tests.random_batches import CLASSES
 from tests.unit.test_model import SMALL
