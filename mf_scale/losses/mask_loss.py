@@ -1,24 +1,19 @@
 """Focal and dice loss of matched pairs at full resolution, in one pass, the gradient made in the forward.
 
-What is kept for backward is one gradient at prediction resolution; tensors of the map's resolution exist for a bounded
-number of pairs at a time.
+What is kept for backward is one gradient at prediction resolution; nothing of the map's resolution is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig
-from mf_scale.data.batch import IGNORE
-
-_CHUNK_PIXELS = {"cpu": 2**18, "cuda": 2**24}
-"""Pixels worked on at once: what stays in a CPU's cache, what fills a GPU."""
+from mf_scale.kernels import mask_loss as operator
+from mf_scale.kernels.choose import choose_kernels
+from mf_scale.losses.point_loss import point_losses
 
 
 class MaskLoss(NamedTuple):
@@ -33,104 +28,31 @@ class MaskLoss(NamedTuple):
 
 
 def mask_loss(
-    logits: Tensor, segment_map: Tensor, segments: Tensor, layers: Tensor, counts: Sequence[int], config: LossConfig
+    logits: Tensor, segment_map: Tensor, segments: Tensor, layers: Tensor, counts: Tensor, config: LossConfig
 ) -> MaskLoss:
     """Compare upsampled logits with segments of the map.
 
-    `logits` [B,P,h,w] (fp32 or fp64) of the pairs, `segment_map` [B,L,H,W], `segments` and `layers` [B,P] the index and
-    map layer of each pair's segment, `counts` [B] the real pairs of each image (the rest of its row is padding).
+    `logits` [B,P,h,w] of the pairs, `segment_map` [B,L,H,W], `segments` and `layers` [B,P] the index and map layer of
+    each pair's segment, `counts` [B] the real pairs of each image (the rest of its row is padding).
     Source: MaskFormer section 3.3; sigmoid focal loss and dice with +1 smoothing as in its code; bilinear upsampling
-    with align_corners False.
+    with align_corners False. With `config.points` the losses are taken at so many sampled points of each mask.
     """
-    return MaskLoss(*_MaskLoss.apply(logits, segment_map, segments, layers, tuple(counts), config))
-
-
-class _MaskLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        segment_map: Tensor,
-        segments: Tensor,
-        layers: Tensor,
-        counts: tuple[int, ...],
-        config: LossConfig,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        focal, dice = logits.new_zeros(segments.shape), logits.new_zeros(segments.shape)
-        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        rows = _interpolation(logits.shape[2], segment_map.shape[2], logits)
-        columns = _interpolation(logits.shape[3], segment_map.shape[3], logits)
-        for b, count in enumerate(counts):
-            valid = (segment_map[b, 0] != IGNORE).to(logits.dtype) if config.ignored_pixels == "exclude" else None
-            for part in _chunks(count, segment_map.shape[2] * segment_map.shape[3], logits.device.type):
-                own_layer = segment_map[b] if segment_map.shape[1] == 1 else segment_map[b][layers[b, part]]
-                target = (own_layer == segments[b, part, None, None]).to(logits.dtype)
-                upsampled = rows @ logits[b, part] @ columns.T
-                out = None if gradient is None else gradient[b, part]
-                focal[b, part], dice[b, part], at_map = _pairs(upsampled, target, valid, config, out is not None)
-                if out is not None and at_map is not None:
-                    torch.matmul(rows.T @ at_map, columns, out=out)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(focal, dice)
-        return config.focal_weight * focal.sum() + config.dice_weight * dice.sum(), focal, dice
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_total, None, None, None, None, None)
-
-
-def _pairs(
-    z: Tensor, target: Tensor, valid: Tensor | None, config: LossConfig, want_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Focal and dice loss [n] of full-resolution logits z [n,H,W], and the gradient of their weighted sum.
-
-    `target` is 1 inside the segment, else 0; `valid` [H,W] is 0 on pixels to leave out. Both may be overwritten.
-    Everything follows from u = z (1 - 2 target): the error probability s = sigmoid(u), with ds/du = s (1 - s), and the
-    cross-entropy softplus(u), with derivative s. The mask's probability is s outside the segment and 1 - s inside, so
-    its sums are sums of s, target and s target.
-    """
-    alpha, gamma = config.focal_alpha, config.focal_gamma
-    u = z.mul_(torch.rsub(target, 1, alpha=2))
-    s, cross_entropy = u.sigmoid(), F.softplus(u, threshold=40.0)
-    power = s * s if gamma == 2 else s**gamma
-    unweighted, counted = power * cross_entropy, s
-    pixels: Tensor | int = z.shape[1] * z.shape[2]
-    if valid is not None:
-        target = target.mul_(valid)
-        unweighted, counted = unweighted.mul_(valid), s * valid
-        pixels = valid.sum().clamp(min=1)
-    focal = ((1 - alpha) * _sum(unweighted) - (1 - 2 * alpha) * _sum(unweighted.mul_(target))) / pixels
-    mass, wrong, size = _sum(counted), _sum(counted * target), _sum(target)
-    numerator = 2 * (size - wrong) + 1
-    denominator = mass - 2 * wrong + 2 * size + 1
-    dice = 1 - numerator / denominator
-    if not want_gradient:
-        return focal.flatten(), dice.flatten(), None
-    right = 1 - s
-    scale = config.focal_weight / pixels
-    gradient = torch.addcmul(s, cross_entropy, right, value=gamma).mul_(power)
-    gradient.mul_((1 - alpha - target).mul_(scale))  # alpha of the pixel with the sign of du/dz
-    by_probability = torch.addcmul(numerator / denominator**2, target, 2 / denominator, value=-1)
-    gradient.addcmul_(by_probability.mul_(s), right, value=config.dice_weight)
-    return focal.flatten(), dice.flatten(), gradient if valid is None else gradient.mul_(valid)
-
-
-def _sum(pixels: Tensor) -> Tensor:
-    return pixels.sum(dim=(1, 2), keepdim=True)
-
-
-def _interpolation(short: int, long: int, like: Tensor) -> Tensor:
-    """The matrix [long,short] of linear interpolation (align_corners False); two of them make the bilinear one.
-
-    As products, upsampling is twice as fast on a CPU as torch's operator and its transpose ten times, and the
-    transpose adds up in a fixed order on a GPU.
-    """
-    identity = torch.eye(short, dtype=like.dtype, device=like.device)[None]
-    return F.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T
-
-
-def _chunks(count: int, pixels: int, device_type: str) -> Iterator[slice]:
-    size = max(1, _CHUNK_PIXELS[device_type] // pixels)
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    if config.points:
+        focal, dice = point_losses(logits, segment_map, segments, layers, counts, config)
+        total = config.focal_weight * focal.sum() + config.dice_weight * dice.sum()
+        return MaskLoss(total, focal.detach(), dice.detach())
+    total, focal, dice, _ = operator.mask_loss(
+        logits,
+        segment_map,
+        segments,
+        layers,
+        counts,
+        config.focal_weight,
+        config.dice_weight,
+        config.focal_alpha,
+        config.focal_gamma,
+        config.ignored_pixels == "exclude",
+        choose_kernels(config.kernels, logits.device.type, logits.dtype),
+        logits.requires_grad and torch.is_grad_enabled(),
+    )
+    return MaskLoss(total, focal.detach(), dice.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import IGNORE, Batch
-from mf_scale.models.outputs import MaskPrediction
+from mf_scale.kernels import triton_cost
+from mf_scale.kernels.choose import choose_kernels
+from mf_scale.kernels.native import PairSums
+from mf_scale.kernels.triton_cost import CostWeights
+from mf_scale.models.outputs import LayerPrediction, MaskPrediction
 
 _CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**26}
 """Logits of an image worked on at once: what stays in a CPU's cache, what fills a GPU."""
@@ -34,25 +39,64 @@ class PairwiseCost:
 def pairwise_cost(prediction: MaskPrediction, batch: Batch, matching: MatchingConfig, loss: LossConfig) -> PairwiseCost:
     """Cost of every query for every segment at prediction resolution, in fp32 (fp64 for fp64 predictions).
 
-    The map is downsampled to its nearest pixels. `loss` gives focal alpha and gamma and what ignored pixels are.
-    Source: MaskFormer section 3.3 and its code (cost weights as in the loss).
+    The map is downsampled to its nearest pixels. `loss` gives focal alpha and gamma, what ignored pixels are, and the
+    kernels. Source: MaskFormer section 3.3 and its code (cost weights as in the loss).
     """
-    pixels, T = prediction.pixel_embeddings, batch.labels.shape[1]
-    wide = torch.promote_types(pixels.dtype, torch.float32)
+    pixels = prediction.pixel_embeddings
+    dtype = torch.promote_types(pixels.dtype, torch.float32)
+    kernels = choose_kernels(loss.kernels, pixels.device.type, dtype)
     with torch.autocast(pixels.device.type, enabled=False):
         stacked = prediction.stacked()
-        B, S, Q, _ = stacked.class_logits.shape
-        labels = batch.labels.clamp(min=0)[:, None, None].expand(B, S, Q, T)
-        class_cost = -stacked.class_logits.to(wide).softmax(dim=-1).gather(3, labels)
-        maps = downsample_nearest(batch.segment_map, (pixels.shape[2], pixels.shape[3]))
-        focal, dice = torch.empty_like(class_cost), torch.empty_like(class_cost)
-        for b in range(B):
-            embeddings, features = stacked.mask_embeddings[b].flatten(0, 1).to(wide), pixels[b].flatten(1).to(wide)
-            masks, valid = _one_hot(maps[b], batch.segment_layer[b], loss.ignored_pixels == "exclude", wide)
-            rows = max(1, _CHUNK_LOGITS[pixels.device.type] // features.shape[1])
-            costs = [_mask_costs(part @ features, masks, valid, loss) for part in embeddings.split(rows)]
-            focal[b], dice[b] = (torch.cat(kind).view(S, Q, T) for kind in zip(*costs, strict=True))
-        total = matching.class_weight * class_cost + matching.focal_weight * focal + matching.dice_weight * dice
+        if kernels == "triton":
+            return _fused_cost(stacked, pixels, batch, matching, loss)
+        return _cost_by_image(_BY_KERNEL[kernels], stacked, pixels, batch, matching, loss)
+
+
+def _fused_cost(
+    stacked: LayerPrediction, pixels: Tensor, batch: Batch, matching: MatchingConfig, loss: LossConfig
+) -> PairwiseCost:
+    """On a GPU: all images and layers at once."""
+    weights = CostWeights(
+        matching.class_weight,
+        matching.focal_weight,
+        matching.dice_weight,
+        loss.focal_alpha,
+        loss.focal_gamma,
+        loss.ignored_pixels == "exclude",
+    )
+    costs = triton_cost.pairwise_cost(
+        stacked.class_logits.flatten(1, 2),
+        stacked.mask_embeddings.flatten(1, 2),
+        pixels,
+        batch.segment_map,
+        batch.segment_layer,
+        batch.labels,
+        weights,
+    )
+    sizes = stacked.class_logits.shape[1:3]
+    return PairwiseCost(*(cost.unflatten(1, sizes) for cost in costs))
+
+
+def _cost_by_image(
+    mask_costs: Any,
+    stacked: LayerPrediction,
+    pixels: Tensor,
+    batch: Batch,
+    matching: MatchingConfig,
+    loss: LossConfig,
+) -> PairwiseCost:
+    """All layers of one image after the other."""
+    dtype, T = torch.promote_types(pixels.dtype, torch.float32), batch.labels.shape[1]
+    B, S, Q, _ = stacked.class_logits.shape
+    labels = batch.labels.clamp(min=0)[:, None, None].expand(B, S, Q, T)
+    class_cost = -stacked.class_logits.to(dtype).softmax(dim=-1).gather(3, labels)
+    maps = downsample_nearest(batch.segment_map, (pixels.shape[2], pixels.shape[3])).flatten(2)
+    focal, dice = torch.empty_like(class_cost), torch.empty_like(class_cost)
+    for b in range(B):
+        embeddings, features = stacked.mask_embeddings[b].flatten(0, 1).to(dtype), pixels[b].flatten(1).to(dtype)
+        costs = mask_costs(embeddings, features, maps[b], batch.segment_layer[b], loss)
+        focal[b], dice[b] = (cost.view(S, Q, T) for cost in costs)
+    total = matching.class_weight * class_cost + matching.focal_weight * focal + matching.dice_weight * dice
     return PairwiseCost(class_cost, focal, dice, total)
 
 
@@ -64,14 +108,48 @@ def downsample_nearest(segment_map: Tensor, size: tuple[int, int]) -> Tensor:
     return segment_map[..., y[:, None], x]
 
 
+def _eager_costs(
+    embeddings: Tensor, features: Tensor, maps: Tensor, segment_layer: Tensor, loss: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice cost [N,T] of queries [N,C] on pixels [C,hw] for the segments of maps [L,hw], in chunks."""
+    masks, valid = _one_hot(maps, segment_layer, loss.ignored_pixels == "exclude", features.dtype)
+    rows = max(1, _CHUNK_LOGITS[features.device.type] // features.shape[1])
+    costs = [_mask_costs(part @ features, masks, valid, loss) for part in embeddings.split(rows)]
+    focal, dice = (torch.cat(kind) for kind in zip(*costs, strict=True))
+    return focal, dice
+
+
+def _native_costs(
+    embeddings: Tensor, features: Tensor, maps: Tensor, segment_layer: Tensor, loss: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """The same on a CPU without one-hot masks: each pixel's terms are added to its own segment, pixels by pixels."""
+    exclude, T = loss.ignored_pixels == "exclude", len(segment_layer)
+    maps = maps.to(torch.int16).contiguous()
+    sums = PairSums(len(embeddings), T, loss.focal_alpha, loss.focal_gamma, exclude)
+    # With several threads a product's barriers cost more than a cache that is too small (2 threads: 3 times).
+    chunk = _CHUNK_LOGITS["cpu"] * (8 if torch.get_num_threads() > 1 else 1)
+    step = max(64, chunk // max(1, len(embeddings)))
+    for start in range(0, features.shape[1], step):
+        sums.add(features[:, start : start + step].T @ embeddings.T, maps, start)
+    counted = maps[0] != IGNORE if exclude else torch.ones_like(maps[0], dtype=torch.bool)
+    inside = maps[:, counted]
+    sizes = torch.bincount(inside[inside >= 0].long(), minlength=T)[:T, None]
+    focal = (sums.inside_focal + sums.outside) / counted.sum().clamp(min=1)
+    dice = 1 - (2 * sums.inside_mass + 1) / (sums.mass + sizes + 1)
+    return focal.T.float(), dice.T.float()
+
+
+_BY_KERNEL = {"eager": _eager_costs, "native": _native_costs}
+
+
 def _one_hot(layers: Tensor, segment_layer: Tensor, exclude: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Segment masks [hw,T] of one image's map [L,h,w], and its pixels that count [hw,1] (None: all do)."""
+    """Segment masks [hw,T] of one image's map [L,hw], and its pixels that count [hw,1] (None: all do)."""
     index = torch.arange(len(segment_layer), device=layers.device)
     own_layer = layers if len(layers) == 1 else layers[segment_layer.clamp(min=0)]
-    masks = (own_layer == index[:, None, None]).flatten(1).T.to(dtype)
+    masks = (own_layer == index[:, None]).T.to(dtype)
     if not exclude:
         return masks, None
-    valid = (layers[0] != IGNORE).flatten()[:, None].to(dtype)
+    valid = (layers[0] != IGNORE)[:, None].to(dtype)
     return masks * valid, valid
 
 

@@ -29,8 +29,8 @@ class Matching:
     """int64 [B,P]: s * Q + q, the query's place in the stacked layers."""
     segments: Tensor
     """int64 [B,P]: index of the segment in its image."""
-    counts: tuple[int, ...]
-    """Real pairs of each image, over all layers: S * min(T, Q)."""
+    counts: Tensor
+    """int64 [B]: real pairs of each image, over all layers: S * min(T, Q)."""
     matched: int
     """Segments that have a query in a layer: sum of min(T, Q)."""
     surplus: int
@@ -51,15 +51,17 @@ def match(cost: PairwiseCost, batch: Batch, policy: str) -> Matching:
     if nonfinite:
         _report(nonfinite, policy)
     pairs = [_solve_image(totals[b, :, :, : counts[b]]) for b in range(B)]
-    table = np.empty((2, B, max(1, *(len(p) for p in pairs))), dtype=np.int64)
+    widest = max(1, *(len(p) for p in pairs))
+    table = np.empty((2, B, widest + 1), dtype=np.int64)  # the last column carries the counts, so one copy goes back
     table[0], table[1] = S * Q, T
     for b, found in enumerate(pairs):
         table[:, b, : len(found)] = found.T
+        table[:, b, widest] = len(found)
     slots, segments = torch.from_numpy(table).to(cost.total.device, non_blocking=True)
     return Matching(
-        slots=slots,
-        segments=segments,
-        counts=tuple(len(p) for p in pairs),
+        slots=slots[:, :widest],
+        segments=segments[:, :widest],
+        counts=slots[:, widest],
         matched=sum(min(t, Q) for t in counts),
         surplus=sum(max(0, t - Q) for t in counts),
         nonfinite=nonfinite,

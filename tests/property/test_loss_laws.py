@@ -20,7 +20,7 @@ def as_the_fast_path(prediction, batch, loss, matching, queries):
     pairs = match(pairwise_cost(prediction, batch, matching, loss), batch, "strict")
     found = []
     for layer in range(len(prediction.layers())):
-        for image, count in enumerate(pairs.counts):
+        for image, count in enumerate(pairs.counts.tolist()):
             slots, segments = pairs.slots[image, :count].numpy(), pairs.segments[image, :count].numpy()
             here = slots // queries == layer
             found.append((slots[here] % queries, segments[here]))
@@ -55,7 +55,7 @@ def test_fast_equals_plain(segments, queries, layers, map_layers, map_size, size
     masks, weight = target_totals(batch, queries, loss.no_object_weight)
     assign = as_the_fast_path(prediction, batch, loss, matching, queries)
     plain = reference_loss(prediction, batch, masks, weight, loss, matching, assign)
-    fast = Criterion(loss, matching, CLASSES)(prediction, batch, Normalisers(masks, weight))
+    fast = Criterion(loss, matching, CLASSES, queries)(prediction, batch, Normalisers(masks, weight))
     for name, value in plain.items():
         torch.testing.assert_close(fast.terms[name], value.detach(), rtol=1e-9, atol=1e-9)
     inputs = leaves(prediction)

@@ -1,0 +1,88 @@
+"""Which kernels serve the mask loss and the matching cost: found by running them once, never by version."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from mf_scale.errors import UserError
+from mf_scale.kernels import triton_cost
+from mf_scale.kernels.mask_loss import run
+from mf_scale.kernels.settings import Settings
+from mf_scale.kernels.triton_cost import CostWeights
+
+KERNELS = ("triton", "native", "eager")
+
+
+@functools.cache
+def choose_kernels(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The kernels that `requested` means for logits on this device and in this dtype; each was run before it is named.
+
+    auto takes triton on CUDA and native on a CPU where they run, else eager, which runs anywhere and in fp64 too.
+    Raises UserError for kernels that were asked for and cannot run.
+    """
+    if requested == "auto":
+        fast = "triton" if device_type == "cuda" else "native"
+        return fast if why_not(fast, device_type, dtype) is None else "eager"
+    reason = why_not(requested, device_type, dtype)
+    if reason is not None:
+        raise UserError(
+            f"the {requested} kernels cannot run here on {device_type} in {dtype}: {reason}",
+            where="loss.kernels",
+            remedy="Use auto, which takes the first kernels that run.",
+        )
+    return requested
+
+
+@functools.cache
+def why_not(kernels: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when one tiny loss comes out right, else the reason in one line."""
+    if kernels == "eager":
+        return None
+    wanted = "cuda" if kernels == "triton" else "cpu"
+    if device_type != wanted:
+        return f"they are for {wanted}"
+    if dtype == torch.float64:
+        return "they compute in fp32"
+    try:
+        return _trial(kernels, torch.device(device_type))
+    except Exception as error:  # no compiler, no driver, a foreign binary: the reason is reported
+        return f"{type(error).__name__} {' '.join(str(error).split())[:400]}"
+
+
+def _trial(kernels: str, device: torch.device) -> str | None:
+    """One pair with logits of 0 and a mask of half the pixels: focal = ln 2 / 8 with alpha 0.5, dice = 1 - 9 / 17."""
+    segment_map = torch.tensor([0, -1], dtype=torch.int16, device=device).repeat(4, 2)[None, None]
+    pair = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    focal, dice, gradient = run(
+        kernels,
+        torch.zeros(1, 1, 2, 2, device=device),
+        segment_map,
+        pair,
+        pair,
+        pair[0] + 1,
+        Settings(focal_weight=1.0, dice_weight=1.0, alpha=0.5, gamma=2.0, exclude=False),
+        want_gradient=True,
+    )
+    assert gradient is not None
+    values = float(focal), float(dice), float(gradient.abs().sum())
+    if kernels == "triton":
+        _trial_of_cost(device)
+    right = math.isclose(values[0], math.log(2) / 8, rel_tol=1e-4) and math.isclose(values[1], 8 / 17, rel_tol=1e-4)
+    return None if right and math.isfinite(values[2]) else f"a trial gave {values}"
+
+
+def _trial_of_cost(device: torch.device) -> None:
+    """The matching cost at the size of a real block: it is what needs most of a GPU's registers and shared memory."""
+    N, C, T, K = 128, 256, 16, 3
+    weights = CostWeights(1.0, 20.0, 1.0, 0.25, 2.0, exclude=False)
+    labels = torch.zeros(1, T, dtype=torch.int64, device=device)
+    segment_map = torch.zeros(1, 1, 64, 64, dtype=torch.int16, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        embeddings, pixels = (torch.zeros(1, *s, device=device, dtype=dtype) for s in ((N, C), (C, 32, 32)))
+        classes = torch.zeros(1, N, K + 1, device=device, dtype=dtype)
+        total = triton_cost.pairwise_cost(classes, embeddings, pixels, segment_map, labels, labels, weights)[3]
+        if not bool(total.isfinite().all()):
+            raise ArithmeticError("the matching cost of zeros is not finite")

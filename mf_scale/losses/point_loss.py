@@ -1,0 +1,82 @@
+"""Focal and dice loss at sampled points instead of all pixels, most of them where the mask is uncertain.
+
+Source: Mask2Former (Cheng et al. 2022, section 3.3) after PointRend: of `OVERSAMPLE` x N uniform points the
+`IMPORTANT` x N most uncertain are kept, the rest of the N is uniform. Which points: a function of the micro-batch's
+seed alone, so a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mf_scale.config.schema import LossConfig
+from mf_scale.data.batch import IGNORE
+
+OVERSAMPLE = 3.0
+IMPORTANT = 0.75
+_STREAM = 0x706F696E7473
+"""Keeps the points' random numbers apart from the model's, which start from the same seed."""
+
+
+def point_losses(
+    logits: Tensor, segment_map: Tensor, segments: Tensor, layers: Tensor, counts: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss [B,P] of logits [B,P,h,w] at `config.points` points a pair, differentiable; 0 for padding.
+
+    Arguments as those of `mask_loss`; fp32. Targets are the segment's mask, interpolated as the logits are. Under
+    `exclude` points on ignored pixels leave the sums.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with torch.no_grad():
+        points = _choose_points(wide, config.points)
+        target, valid = _targets(segment_map, segments, layers, points)
+        if config.ignored_pixels != "exclude":
+            valid = torch.ones_like(valid)
+        real = torch.arange(logits.shape[1], device=logits.device) < counts[:, None]
+    z = sample_bilinear(wide.flatten(0, 1)[:, None], points.flatten(0, 1))[:, 0].unflatten(0, logits.shape[:2])
+    s, n = z.sigmoid(), valid.sum(-1).clamp(min=1)
+    of_target = s * target + (1 - s) * (1 - target)
+    balance = config.focal_alpha * target + (1 - config.focal_alpha) * (1 - target)
+    entropy = F.binary_cross_entropy_with_logits(z, target, reduction="none")
+    focal = (balance * (1 - of_target) ** config.focal_gamma * entropy * valid).sum(-1) / n
+    s, target = s * valid, target * valid
+    dice = 1 - (2 * (s * target).sum(-1) + 1) / (s.sum(-1) + target.sum(-1) + 1)
+    return torch.where(real, focal, 0.0), torch.where(real, dice, 0.0)
+
+
+def sample_bilinear(maps: Tensor, points: Tensor) -> Tensor:
+    """Values [n,c,N] of maps [n,c,h,w] at points [n,N,2], (x, y) in 0..1; pixel centres at halves, borders repeated."""
+    grid = 2 * points[:, None] - 1
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+
+
+def _choose_points(logits: Tensor, count: int) -> Tensor:
+    """Points [B,P,N,2]: the most uncertain of many (logit nearest 0) and some at random."""
+    B, P = logits.shape[:2]
+    generator = torch.Generator(logits.device).manual_seed((torch.initial_seed() ^ _STREAM) % 2**63)
+    many = torch.rand(B * P, int(OVERSAMPLE * count), 2, generator=generator, device=logits.device, dtype=logits.dtype)
+    important = int(IMPORTANT * count)
+    uncertainty = -sample_bilinear(logits.flatten(0, 1)[:, None], many)[:, 0].abs()
+    best = uncertainty.topk(important, dim=1).indices
+    rest = torch.rand(B * P, count - important, 2, generator=generator, device=logits.device, dtype=logits.dtype)
+    return torch.cat((many.gather(1, best[..., None].expand(-1, -1, 2)), rest), dim=1).unflatten(0, (B, P))
+
+
+def _targets(segment_map: Tensor, segments: Tensor, layers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Share [B,P,N] of the segment in the four pixels around each point, and whether its own pixel counts (1 or 0)."""
+    L, H, W = segment_map.shape[1:]
+    flat = segment_map.flatten(1)
+    offset = layers.clamp(0, L - 1)[..., None] * (H * W)
+    x, y = points[..., 0] * W - 0.5, points[..., 1] * H - 0.5
+    left, top = x.floor(), y.floor()
+    target = torch.zeros_like(x)
+    for row, of_row in ((top, top + 1 - y), (top + 1, y - top)):
+        for column, of_column in ((left, left + 1 - x), (left + 1, x - left)):
+            cell = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
+            value = flat.gather(1, (cell + offset).flatten(1)).view_as(cell)
+            target += of_row * of_column * (value == segments[..., None])
+    own = (points[..., 1] * H).long().clamp(max=H - 1) * W + (points[..., 0] * W).long().clamp(max=W - 1)
+    counted = flat.gather(1, own.flatten(1)).view_as(own) != IGNORE
+    return target, counted.to(points.dtype)
