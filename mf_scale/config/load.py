@@ -30,6 +30,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return _merge(layers)
 
 
+def is_overridden(overrides: Sequence[str], key: str) -> bool:
+    """Whether the dot-list itself gives `key`."""
+    node: Any = _parse_overrides(overrides) if overrides else {}
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
 def config_from_dict(data: Mapping[str, Any], *, where: str) -> Config:
     """The configuration that `config_to_dict` wrote; raises UserError."""
     return _merge([(where, data)])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from mf_scale.config.schema import Config
+from mf_scale.config.schema import Config, DataConfig, ModelConfig, PixelLevelConfig
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
@@ -50,7 +50,8 @@ def check_vocabulary(config: Config, vocabulary: Vocabulary, *, where: str) -> i
         raise UserError(
             f"model.num_classes = {wanted}, but vocabulary {vocabulary.name!r} has {len(vocabulary)} classes",
             where=where,
-            remedy=f"Leave model.num_classes out (it then is {len(vocabulary)}), or train on another source.",
+            remedy=f"Leave model.num_classes out (it then is {len(vocabulary)}), or train on another source. "
+            "Weights of another vocabulary can start a run with --reinit-head.",
         )
     if not len(vocabulary):
         raise UserError(f"vocabulary {vocabulary.name!r} has no class", where=where)
@@ -64,7 +65,8 @@ def validate(config: Config) -> None:
     broken += [f"{name} = {values[name]} must be above 0" for name in _POSITIVE if not values[name] > 0]
     broken += [f"{name} = {values[name]} must not be negative" for name in _NOT_NEGATIVE if values[name] < 0]
     broken += [f"{name} = {values[name]} must lie in 0..1" for name in _SHARES if not 0 <= values[name] <= 1]
-    broken += [*_paths(config), *_sizes(config), *_model(config)]
+    rules = (_paths, _start, _sizes, _schedule, _model, _per_pixel, _pixel_level)
+    broken += [sentence for rule in rules for sentence in rule(config)]
     if broken:
         raise UserError("; ".join(broken), where="configuration", remedy="Nothing was started.")
 
@@ -111,6 +113,7 @@ _NOT_NEGATIVE = [
     "loss.focal_weight",
     "loss.dice_weight",
     "loss.focal_gamma",
+    "loss.points",
     "matching.class_weight",
     "matching.focal_weight",
     "matching.dice_weight",
@@ -164,6 +167,14 @@ def _paths(config: Config) -> list[str]:
     return broken
 
 
+def _start(config: Config) -> list[str]:
+    if config.train.reinit_head and config.train.init_from is None:
+        return [
+            "train.reinit_head (--reinit-head) does nothing without train.init_from, whose class head it leaves out"
+        ]
+    return []
+
+
 def _sizes(config: Config) -> list[str]:
     broken = []
     crop, scale = config.data.crop, config.data.scale
@@ -178,11 +189,29 @@ def _sizes(config: Config) -> list[str]:
         broken.append(f"eval.short_side = {config.eval.short_side} must be at least {_SMALLEST_SIDE}")
     if len(scale) != 2 or not 0 < scale[0] <= scale[-1]:
         broken.append(f"data.scale = {scale} must be [smallest, largest], above 0")
+    if config.data.resize == "detr" and scale != DataConfig().scale:
+        broken.append(f"data.scale = {scale} does nothing with data.resize = detr, whose sizes are DETR's")
     if config.eval.max_side < config.eval.short_side:
         broken.append(f"eval.max_side = {config.eval.max_side} is below eval.short_side = {config.eval.short_side}")
+    stages = config.model.backbone.recompute_stages
+    if not set(stages) <= {1, 2, 3, 4}:
+        broken.append(f"model.backbone.recompute_stages = {stages} must hold numbers from 1 to 4")
+    if min(config.model.backbone.multi_grid, default=1) < 1:
+        broken.append(f"model.backbone.multi_grid = {config.model.backbone.multi_grid} must hold numbers from 1")
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
         broken.append(f"optimizer.betas = {config.optimizer.betas} must be two numbers in 0..1")
     return broken
+
+
+def _schedule(config: Config) -> list[str]:
+    name, milestones = config.schedule.name, config.schedule.milestones
+    if name == "step" and not milestones:
+        return ["schedule.name = step needs schedule.milestones, for example [80000,120000]"]
+    if name != "step" and milestones:
+        return [f"schedule.milestones = {milestones} does nothing with schedule.name = {name}"]
+    if milestones != sorted({m for m in milestones if m > 0}):
+        return [f"schedule.milestones = {milestones} must be updates above 0, each later than the one before"]
+    return []
 
 
 def _model(config: Config) -> list[str]:
@@ -196,6 +225,32 @@ def _model(config: Config) -> list[str]:
         )
     if decoder.width % 4:
         broken.append(f"model.decoder.width = {decoder.width} must be a multiple of 4 (sine positions)")
+    return broken
+
+
+def _per_pixel(config: Config) -> list[str]:
+    kind, task = config.model.kind, config.data.task
+    if kind == "mask_classification" or task == "semantic":
+        return []
+    return [f"model.kind = {kind} gives every pixel a class and knows no segments: it needs data.task = semantic"]
+
+
+def _pixel_level(config: Config) -> list[str]:
+    """What does nothing is refused: a backbone beside a model of one's own is a misunderstanding."""
+    model, given = config.model, config.model.pixel_level
+    if given.builder is None:
+        inert = {f"model.pixel_level.{n}": v for n, v in _leaves(given, "") if v != getattr(PixelLevelConfig(), n)}
+        return [f"{name} = {value} does nothing without model.pixel_level.builder" for name, value in inert.items()]
+    fresh = ModelConfig()
+    other = [("backbone", f.name) for f in fields(model.backbone) if f.name != "freeze_norm"]
+    other += [("pixel_decoder", "width"), ("pixel_decoder", "encoder_layers")]
+    broken = []
+    for section, name in other:
+        value = getattr(getattr(model, section), name)
+        if value != getattr(getattr(fresh, section), name):
+            broken.append(f"model.{section}.{name} = {value} does nothing with model.pixel_level.builder")
+    if len(given.mean) != 3 or len(given.std) != 3 or min(given.std) <= 0:
+        broken.append(f"model.pixel_level.mean = {given.mean}, std = {given.std}: three numbers each, std above 0")
     return broken
 
 

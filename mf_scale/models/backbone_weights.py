@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,10 @@ from mf_scale.errors import UserError
 from mf_scale.models.weights import SUFFIXES, compare, read_weights
 
 PACKAGE = "package:"
+_SIZED = ("patch_embed", "pos_embed", "relative_position_bias_table")
+"""Tensors whose shape depends on patch, image or window."""
+Convert = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+logger = logging.getLogger(__name__)
 
 
 def weights_file(source: str) -> Path:
@@ -44,27 +49,35 @@ def weights_file(source: str) -> Path:
 
 
 def fit_backbone(
-    file: Path, own: Mapping[str, Tensor], classifier: Mapping[str, Tensor]
+    file: Path,
+    own: Mapping[str, Tensor],
+    classifier: Mapping[str, Tensor],
+    convert: Convert | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """The file's tensors under the names of `own`, the feature extractor, and how they were matched.
 
     `classifier` is the same network with its classification head, in timm's order. Names are tried first (timm's, or
-    the extractor's own). Else position, but only if the file has exactly the classifier's tensors: count and every
-    shape in order. Tensors of the head alone are left out; counters of batch norm do not matter. UserError with a table
-    for anything else.
+    the extractor's own); then `convert`, which takes tensors under timm's names, or those of the original publication,
+    to this network's names and shapes. Else position, but only if the file has exactly the classifier's tensors: count
+    and every shape in order. Tensors of the head alone are left out; counters of batch norm do not matter. UserError
+    with a table for anything else.
     """
     given = _without_counters(read_weights(file))
     own, classifier = _without_counters(own), _without_counters(classifier)
-    if not set(_plain_names(own)) <= set(_plain_names(given)) and _same_shapes_in_order(given, classifier):
-        given = dict(zip(classifier, given.values(), strict=True))
-        how = f"by position: {len(given)} tensors, every shape in timm's order"
-    else:
-        how = "by name"
-    known = _plain_names(own)
-    head = set(_plain_names(classifier)) - set(known)
-    plain = {_plain(name): tensor for name, tensor in given.items() if _plain(name) not in head}
-    fitted = {known.get(name, name): tensor for name, tensor in plain.items()}
+    fitted, how = _by_name(given, own, classifier), "by name"
     report = compare(own, fitted)
+    if not report.complete and convert is not None:
+        converted = _converted(given, classifier, convert)
+        if converted is not None and compare(own, _by_name(converted, own, classifier)).complete:
+            return _by_name(converted, own, classifier), f"by name, {_changes(given, converted)}"
+    named = set(_plain_names(own)) <= set(_plain_names(given))
+    if not report.complete and not named and _same_shapes_in_order(given, classifier):
+        in_order = dict(zip(classifier, given.values(), strict=True))
+        fitted, how = (
+            _by_name(in_order, own, classifier),
+            f"by position: {len(given)} tensors, every shape in timm's order",
+        )
+        report = compare(own, fitted)
     if not report.complete:
         raise UserError(
             f"the weights do not fit the backbone:\n{report.table()}\n",
@@ -72,6 +85,41 @@ def fit_backbone(
             remedy="They must be of this very timm model, under timm's names or in timm's order.",
         )
     return fitted, how
+
+
+def _by_name(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], classifier: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Without the classifier's head, under the extractor's names; what it does not know keeps its name."""
+    known = _plain_names(own)
+    head = set(_plain_names(classifier)) - set(known)
+    plain = {_plain(name): tensor for name, tensor in given.items() if _plain(name) not in head}
+    return {known.get(name, name): tensor for name, tensor in plain.items()}
+
+
+def _converted(
+    given: Mapping[str, Tensor], classifier: Mapping[str, Tensor], convert: Convert
+) -> Mapping[str, Tensor] | None:
+    """What timm's own conversion makes of the tensors, under the classifier's names where they are known."""
+    known = _plain_names(classifier)
+    try:
+        return convert({known.get(_plain(name), name): tensor for name, tensor in given.items()})
+    except Exception as error:  # it is made for certain files and fails on others in any way; the table tells the user
+        logger.debug("timm's conversion does not take these weights: %s", error)
+        return None
+
+
+def _changes(given: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> str:
+    """What the conversion did, for the log."""
+    shapes = {_plain(name): list(tensor.shape) for name, tensor in given.items()}
+    renamed = set(shapes) != set(_plain_names(converted))
+    resampled = [
+        f"{name} {shapes[_plain(name)]} -> {list(tensor.shape)}"
+        for name, tensor in converted.items()
+        if any(part in name for part in _SIZED) and shapes.get(_plain(name), list(tensor.shape)) != list(tensor.shape)
+    ]
+    said = ["converted by timm from other names"] if renamed else []
+    return ", ".join([*said, *([f"resampled by timm: {', '.join(resampled)}"] if resampled else [])])
 
 
 def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class PixelDecoder(PixelEmbedder):
             coarsest = width
         else:
             self.encoder = nn.Identity()
-        self.memory_channels = coarsest
+        self.channels, self.memory_channels = sizes.mask_channels, coarsest
         self.coarsest = _convolution(coarsest, width, 3)
         self.laterals = nn.ModuleList(_convolution(c, width, 1) for c in reversed(channels[:-1]))
         self.smooths = nn.ModuleList(_convolution(width, width, 3) for _ in channels[:-1])

@@ -18,10 +18,14 @@ class PixelBackbone(nn.Module):
     """Of each feature."""
     stride: int
     """Image pixels per cell of the finest feature."""
+    notes: Sequence[str] = ()
+    """What a person should know about how it was made."""
 
 
 class PixelEmbedder(nn.Module):
     """Features -> (pixel embeddings [B,C,h,w] at the finest stride, memory [B,c,h',w'] that queries attend to)."""
 
+    channels: int
+    """C."""
     memory_channels: int
     """c."""

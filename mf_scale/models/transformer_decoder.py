@@ -48,7 +48,7 @@ class TransformerDecoder(nn.Module):
         position = sine_position(height, width, memory.shape[-1], memory.device)
         memory_key = memory + position.to(memory.dtype)
         query_position = self.queries.weight
-        queries = torch.zeros_like(query_position).expand(len(memory), -1, -1)
+        queries = torch.zeros_like(query_position).expand(memory.shape[0], -1, -1)
         outputs = []
         for layer in self.layers:
             queries = layer(queries, query_position, memory, memory_key)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mf_scale.errors import UserError
+from mf_scale.models.pickles import read_pickle
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
+COUNTER = ".num_batches_tracked"
+"""How the name ends of a batch norm's count of batches: nothing is computed from it, and a frozen one has none."""
 _ROWS_SHOWN = 12
 
 
@@ -29,6 +32,8 @@ class WeightsReport:
     """In the file, not in the model."""
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
     """Name, shape in the file, shape in the model."""
+    counters: int = 0
+    """Batch norms' counters that only one of both has; that does no harm."""
 
     @property
     def complete(self) -> bool:
@@ -38,6 +43,8 @@ class WeightsReport:
         """One line a tensor that is off, under a head line with the counts."""
         counts = f"{self.matched} tensors fit, {len(self.missing)} missing, "
         counts += f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape"
+        if self.counters:
+            counts += f" ({self.counters} counters of batch norms, which a frozen one does not keep, do not matter)"
         lines = _rows("missing", self.missing) + _rows("unexpected", self.unexpected)
         lines += _rows(
             "shape", [f"{name}: {list(file)} in the file, {list(own)} here" for name, file, own in self.mismatched]
@@ -51,22 +58,24 @@ def _rows(kind: str, names: tuple[str, ...] | list[str]) -> list[str]:
 
 
 def compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> WeightsReport:
-    """Compare a model's tensors with a file's by name and shape."""
+    """Compare a model's tensors with a file's by name and shape; the counters of batch norms are no matter."""
+    counters = {name for name in own.keys() ^ given.keys() if name.endswith(COUNTER)}
     common = [name for name in own if name in given]
     mismatched = [(n, tuple(given[n].shape), tuple(own[n].shape)) for n in common if given[n].shape != own[n].shape]
     return WeightsReport(
         matched=len(common) - len(mismatched),
-        missing=tuple(n for n in own if n not in given),
-        unexpected=tuple(n for n in given if n not in own),
+        missing=tuple(n for n in own if n not in given and n not in counters),
+        unexpected=tuple(n for n in given if n not in own and n not in counters),
         mismatched=tuple(mismatched),
+        counters=len(counters),
     )
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Named tensors of a .safetensors or .pth/.pt/.bin file, on the CPU.
+    """Named tensors of a .safetensors, .pth/.pt/.bin or .pkl (pickled arrays) file, on the CPU.
 
-    Torch files are read with weights_only=True, so no code in them runs; a state dict under "state_dict" or "model" is
-    found. UserError for a missing, damaged or foreign file.
+    Torch files are read with weights_only=True and pickles by `pickles`, so no code in them runs; a state dict under
+    "state_dict" or "model" is found. UserError for a missing, damaged or foreign file.
     """
     if not file.is_file():
         raise UserError("the weights file does not exist", where=str(file), remedy="Check the path.")
@@ -74,7 +83,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"unknown kind of weights file {file.suffix!r}", where=str(file), remedy=f"Use {', '.join(SUFFIXES)}."
         )
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    content = _READERS.get(file.suffix, _read_torch)(file)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -109,6 +118,9 @@ def _read_torch(file: Path) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the weights file cannot be read: {first}", where=str(file)) from error
+
+
+_READERS = {".safetensors": _read_safetensors, ".pkl": read_pickle}
 
 
 def load_weights(model: nn.Module, file: Path, *, strict: bool = True) -> WeightsReport:

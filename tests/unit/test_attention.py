@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -97,11 +100,128 @@ def _particular(q, k, v, attn_bias=None, p=0.0, scale=None):
 def test_what_xformers_gets_is_padded_and_aligned(length, width, monkeypatch):
     monkeypatch.setattr(room, "_xformers_ops", lambda: SimpleNamespace(memory_efficient_attention=_particular))
     q, k, v, bias, mask = _inputs(length, width)
-    for some_bias, some_mask in ((None, None), (bias, None), (bias[:, :1], mask), (None, mask)):
-        wanted = attention(q, k, v, some_bias, some_mask, "reference")
-        additive, blind = room._merge_mask(q, k, some_bias, some_mask)
-        got = room._xformers(q, k, v, additive, 0.0)
-        torch.testing.assert_close(got if blind is None else got.masked_fill(blind, 0), wanted)
+    shared = bias[:1, :1].transpose(-1, -2).contiguous().transpose(-1, -2)  # rows do not lie side by side
+    column = bias[..., :1].detach()
+    for some_bias, some_mask in ((None, None), (bias, None), (shared, mask), (None, mask), (column, mask[:, :, :1])):
+        wanted = attention(q, k, v, some_bias, some_mask, "reference", open_rows=True)
+        got = room._xformers(q, k, v, room._merged(q.dtype, length, some_bias, some_mask), 0.0)
+        rows = wanted.isfinite()
+        torch.testing.assert_close(got[rows], wanted[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xformers_own_rules_have_nothing_against_the_bias(dtype, monkeypatch):
+    """Its operators do not run here, but its rules say why: the device, never the bias."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+
+    def complaints(bias):
+        inputs = fmha.Inputs(q, k, k, bias)
+        operators = (fmha.cutlass.FwOp, fmha.cutlass.BwOp)
+        return [
+            reason for operator in operators for reason in operator.not_supported_reasons(inputs) if "bias" in reason
+        ]
+
+    given: dict[str, torch.Tensor] = {}
+    operations = SimpleNamespace(
+        memory_efficient_attention=lambda q, *_, attn_bias, **__: given.update(bias=attn_bias) or q
+    )
+    monkeypatch.setattr(room, "_xformers_ops", lambda: operations)
+    for length in range(1, 18):
+        q, k = (torch.zeros(6, n, 3, 32, dtype=dtype, requires_grad=True) for n in (5, length))
+        room._xformers(q, k, k, torch.nn.Parameter(torch.zeros(1, 3, 5, length, dtype=dtype)), 0.0)
+        assert complaints(given["bias"]) == [] and given["bias"].shape == (6, 3, 5, length)
+        assert given["bias"].untyped_storage().nbytes() <= 3 * 5 * 24 * dtype.itemsize
+        assert length % 4 == 0 or complaints(torch.zeros(6, 3, 5, length, dtype=dtype)) != []
+
+
+def test_what_the_batch_shares_is_never_copied_out():
+    """40 windows share a bias [1,2,49,49]: for all of them it would be 40 times as large."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+            return out
+
+    q, bias = torch.randn(40, 49, 2, 8), torch.randn(1, 2, 49, 49)
+    keys = torch.rand(1, 1, 1, 49) > 0.3
+    with torch.no_grad():
+        wanted = attention(q, q, q, bias, keys, "reference")
+        with Largest() as seen:
+            got = attention(q, q, q, bias, keys, "sdpa")
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert seen.largest <= q.nbytes < 40 * bias.nbytes / 4
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+def test_a_parameter_as_bias_learns(kernel):
+    q, k, v, bias, mask = _inputs(7)
+    table = torch.nn.Parameter(bias.detach()[:1, :, :1])
+    attention(q, k, v, table, mask, kernel).square().sum().backward()
+    small = table.grad
+    whole = bias.detach()[:1, :, :1].expand(2, 3, 5, 7).clone().requires_grad_()
+    attention(q, k, v, whole, mask, "reference").square().sum().backward()
+    torch.testing.assert_close(small, whole.grad.sum((0, 2), keepdim=True))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_it_compiles_without_a_break_in_the_graph(kernel):
+    q, k, v, bias, mask = (t.detach().float() if t.is_floating_point() else t for t in _inputs(6))
+    resolve_kernel.cache_clear()
+    compiled = torch.compile(
+        lambda q, k, v, bias, mask: attention(q, k, v, bias, mask, kernel), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v, bias, mask), attention(q, k, v, bias, mask, kernel))
+
+
+def test_where_a_kernel_is_chosen_does_not_matter():
+    resolve_kernel.cache_clear()
+    with torch.inference_mode():
+        assert resolve_kernel("reference", "cpu", torch.float32) == "reference"
+    q = torch.empty(1, 3, 2, 8, device="meta")
+    assert attention(q, q, q, torch.zeros(3, 3, device="meta"), kernel="xformers").shape == q.shape
+    resolve_kernel.cache_clear()
+
+
+_LIBRARY_WITHOUT_AND_WITH_THE_RUNTIME = """
+import glob, importlib.util, pathlib
+real = glob.glob  # newer torch loads whatever runtime it finds by this; older does not
+glob.glob = lambda pattern, *rest, **named: [] if "cuda_runtime" in str(pattern) else real(pattern, *rest, **named)
+import torch
+from mf_scale.models import attention as room
+library = pathlib.Path(importlib.util.find_spec("xformers").origin).parent / "_C.so"
+try:
+    torch.ops.load_library(library)
+except OSError as error:
+    print(error.__cause__)
+room._xformers_ops()
+from xformers import _cpp_lib
+print("loaded" if _cpp_lib._cpp_library_load_exception is None else _cpp_lib._cpp_library_load_exception)
+"""
+
+
+def test_xformers_library_loads_once_the_old_cuda_runtime_is_there():
+    pytest.importorskip("xformers")
+    if torch.version.cuda is None or torch.version.cuda.startswith("12."):
+        pytest.skip("this torch is not of CUDA 13 or later")
+    try:
+        importlib.metadata.files("nvidia-cuda-runtime-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the wheel nvidia-cuda-runtime-cu12 is not installed")
+    command = [sys.executable, "-c", _LIBRARY_WITHOUT_AND_WITH_THE_RUNTIME]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    without, *_, with_it = answer.stdout.splitlines()
+    assert "libcudart.so.12: cannot open shared object file" in without and with_it == "loaded"
+
+
+def test_a_missing_runtime_is_no_error(monkeypatch):
+    monkeypatch.setattr(room, "_OLD_RUNTIME", "no-such-distribution")
+    room._load_old_runtime()
 
 
 def test_positions_differ_everywhere_and_stay_in_range():

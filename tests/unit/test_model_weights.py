@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,55 @@ def test_position_only_if_every_shape_agrees(tmp_path):
 def _counters_kept(classifier, renamed):
     """The made file's counters of batch norm have no telling name, so the classifier's must count as tensors too."""
     return {f"{name}_" if "num_batches" in name else name: t for name, t in classifier.items()}
+
+
+def _original_swin_names(state):
+    """As Microsoft's checkpoints call them: patches are merged at the end of a stage, the head is flat."""
+    renamed = {}
+    for name, tensor in state.items():
+        if ".downsample." in name:
+            stage, rest = name.removeprefix("layers.").split(".", 1)
+            name = f"layers.{int(stage) - 1}.{rest}"  # noqa: PLW2901
+        renamed[name.replace("head.fc.", "head.")] = tensor
+    renamed["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    renamed["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    return renamed
+
+
+def test_swin_weights_under_timms_names_and_under_the_originals(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    state = timm.create_model(name).state_dict()
+    save_file(state, tmp_path / "timm.safetensors")
+    torch.save({"model": _original_swin_names(state)}, tmp_path / "original.pth")
+    for file, how in {"timm.safetensors": "by name", "original.pth": "converted by timm"}.items():
+        backbone: Any = build_backbone(BackboneConfig(name, str(tmp_path / file)))
+        own = backbone.net.state_dict()
+        for key in ("layers_2.downsample.reduction.weight", "layers_0.blocks.1.attn.qkv.weight"):
+            assert torch.equal(own[key], state[key.replace("layers_", "layers.")])
+        assert any(how in note for note in backbone.notes) and any("start at identity" in n for n in backbone.notes)
+        assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in backbone.norms)
+    save_file(backbone.net.state_dict(), tmp_path / "extractor.safetensors")
+    again = build_backbone(BackboneConfig(name, str(tmp_path / "extractor.safetensors"))).net.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in own.items())
+
+
+def test_vit_weights_of_another_patch_and_another_grid_are_resampled_and_that_is_said(tmp_path):
+    state = timm.create_model("vit_small_patch14_dinov2").state_dict()
+    save_file(state, tmp_path / "dino.safetensors")
+    backbone = build_backbone(BackboneConfig("vit_small_patch14_dinov2", str(tmp_path / "dino.safetensors")))
+    own = backbone.net.state_dict()
+    assert own["model.patch_embed.proj.weight"].shape[-2:] == (16, 16)
+    assert torch.equal(own["model.pos_embed"], state["pos_embed"])
+    assert torch.equal(own["model.blocks.3.attn.qkv.weight"], state["blocks.3.attn.qkv.weight"])
+    note = "resampled by timm: patch_embed.proj.weight [384, 3, 14, 14] -> [384, 3, 16, 16]"
+    assert any(note in n for n in backbone.notes)
+    larger = timm.create_model("vit_tiny_patch16_224", img_size=384).state_dict()
+    save_file(larger, tmp_path / "larger.safetensors")
+    backbone = build_backbone(BackboneConfig("vit_tiny_patch16_224", str(tmp_path / "larger.safetensors")))
+    assert any("pos_embed [1, 577, 192] -> [1, 197, 192]" in note for note in backbone.notes)
+    save_file(backbone.net.state_dict(), tmp_path / "extractor.safetensors")
+    again = build_backbone(BackboneConfig("vit_tiny_patch16_224", str(tmp_path / "extractor.safetensors")))
+    assert any(note.endswith("by name") for note in again.notes)
 
 
 def test_a_tampered_backbone_key_is_named(tmp_path):
