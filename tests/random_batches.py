@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE, Batch
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import LayerPrediction, MaskPrediction, PixelPrediction
 
 CLASSES = 7
 
@@ -81,3 +81,38 @@ def part(prediction: MaskPrediction, start: int, stop: int) -> MaskPrediction:
     return MaskPrediction(
         cut[-1].class_logits, cut[-1].mask_embeddings, prediction.pixel_embeddings[start:stop], tuple(cut[:-1])
     )
+
+
+def random_pixel_prediction(
+    images: int,
+    *,
+    layers: int = 2,
+    classes: int = CLASSES,
+    size: tuple[int, int] = (6, 8),
+    channels: int = 4,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> PixelPrediction:
+    """Per-pixel prediction of leaf tensors that take gradients; pixel embeddings channels last, as models have them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    *aux, last = (leaf(images, classes, channels) for _ in range(layers))
+    pixels = leaf(images, channels, *size).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    return PixelPrediction(last, pixels, leaf(classes) if bias else None, tuple(aux))
+
+
+def pixel_leaves(prediction: PixelPrediction) -> list[Tensor]:
+    """All tensors of a per-pixel prediction that take gradients."""
+    bias = [] if prediction.bias is None else [prediction.bias]
+    return [*prediction.aux, prediction.class_embeddings, prediction.pixel_embeddings, *bias]
+
+
+def pixel_part(prediction: PixelPrediction, start: int, stop: int) -> PixelPrediction:
+    """Images start..stop of a per-pixel prediction; gradients flow to the whole one."""
+    aux = tuple(embeddings[start:stop] for embeddings in prediction.aux)
+    last, pixels = prediction.class_embeddings[start:stop], prediction.pixel_embeddings[start:stop]
+    return PixelPrediction(last, pixels, prediction.bias, aux)

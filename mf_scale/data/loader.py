@@ -146,11 +146,13 @@ def _unpack(item: Batch | Exception) -> Batch:
 def loss_batches(index: Index, config: DataConfig, *, count: int, batch: int, rank: int, world: int) -> Iterator[Batch]:
     """The first `count` samples in fixed geometry (whole, fitted into data.crop), each once over all ranks.
 
-    Ranks get the same number of Batches: surplus places, at the end of a Batch, hold a blank sample with key ""
-    (no segment, every pixel ignored). A sample that does not decode is replaced by one, with its event.
+    Ranks get the same number of Batches, all of `batch` places: surplus ones, at the end of a Batch, hold a blank
+    sample with key "" (no segment, every pixel ignored). A sample that does not decode is replaced by one, with its
+    event.
     """
     count = min(count, index.samples)
-    places = range(rank, -(-count // world) * world, world)
+    own = -(-count // world)
+    places = range(rank, -(-own // batch) * batch * world, world)
     reader, rules = make_reader(index, config), train_rules(index, config.task)
 
     def make(sample_ids: range) -> Batch:

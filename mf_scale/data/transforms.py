@@ -19,7 +19,12 @@ from mf_scale.data.targets import TargetRules, Targets, make_targets
 PAD = 128
 """Image value outside the image; the map is IGNORE there."""
 LONGEST = 4
-"""Longer side after resizing at most, as a multiple of the crop's longer side (paper: 2048 for a crop of 512)."""
+"""Longer side after resizing at most, as a multiple of the crop's longer side (paper: 2048 for a crop of 512); twice
+the largest shorter side if that is more (paper: 8192 on Mapillary, for a crop of 1280)."""
+DETR_SHORTER, DETR_LONGER = range(480, 801, 32), 1333
+"""DETR's choices of the shorter side, and the longer side at most, pixels."""
+DETR_FIRST, DETR_CROP = (400, 500, 600), (384, 600)
+"""DETR's choices of the shorter side before its crop, and the smallest and largest side of the crop, pixels."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18
 """SSD's ranges as the paper uses them; hue in steps of OpenCV's circle of 180."""
 
@@ -53,9 +58,12 @@ def sample_generator(seed: int, position: int) -> np.random.Generator:
 def training_sample(
     sample: StoredSample, config: DataConfig, rules: TargetRules, generator: np.random.Generator
 ) -> ModelSample:
-    """Random scale and crop, colour, flip; padded to data.crop."""
+    """Random scale and crop, or DETR's choices of both; colour, flip; padded to data.crop."""
     height, width = sample.image.shape[:2]
-    window = draw_window(height, width, config.crop, config.scale, generator)
+    if config.resize == "detr":
+        window = draw_detr_window(height, width, config.crop, generator)
+    else:
+        window = draw_window(height, width, config.crop, config.scale, generator)
     flip = generator.random() < config.flip
     image = resize_part(sample.image, window)
     if config.color:
@@ -66,8 +74,7 @@ def training_sample(
 def fitted_sample(sample: StoredSample, crop: Sequence[int], rules: TargetRules) -> ModelSample:
     """The whole image fitted into `crop`, aspect kept, padded: nothing random."""
     height, width = sample.image.shape[:2]
-    factor = min(crop[0] / height, crop[1] / width)
-    size = max(1, min(crop[0], round(height * factor))), max(1, min(crop[1], round(width * factor)))
+    size = _scaled(height, width, min(crop[0] / height, crop[1] / width))
     window = Window(0, 0, height, width, *size)
     return _place(
         resize_part(sample.image, window), resize_map(sample.stored_map, window), sample, crop, rules, flip=False
@@ -79,15 +86,46 @@ def draw_window(
 ) -> Window:
     """Scale (shorter side to uniform(scale) x the crop's shorter side), then a crop of the scaled image."""
     factor = generator.uniform(scale[0], scale[1]) * min(crop) / min(height, width)
-    factor = min(factor, LONGEST * max(crop) / max(height, width))
-    spans = []
-    for side, most in ((height, crop[0]), (width, crop[1])):
-        scaled = max(1, round(side * factor))
-        taken = min(most, scaled)
-        start = int(generator.integers(0, scaled - taken + 1))
-        spans.append((start * side // scaled, -(-(start + taken) * side // scaled), taken))
-    (top, bottom, out_height), (left, right, out_width) = spans
-    return Window(top, left, bottom, right, out_height, out_width)
+    longest = max(LONGEST * max(crop), 2 * scale[1] * min(crop))
+    factor = min(factor, longest / max(height, width))
+    scaled = _scaled(height, width, factor)
+    taken = min(crop[0], scaled[0]), min(crop[1], scaled[1])
+    top, bottom = _draw_span(height, scaled[0], taken[0], generator)
+    left, right = _draw_span(width, scaled[1], taken[1], generator)
+    return Window(top, left, bottom, right, *taken)
+
+
+def draw_detr_window(height: int, width: int, crop: Sequence[int], generator: np.random.Generator) -> Window:
+    """DETR's window on COCO: the whole image, or with p 0.5 a crop of a resized one; then a shorter side of 480 to 800.
+
+    What would be larger than `crop` is scaled down to fit it. Source: DETR (Carion et al. 2020, section 4) and the
+    mapper that MaskFormer trains on COCO panoptic with.
+    """
+    shorter = int(generator.choice(DETR_SHORTER))
+    rows, columns, part = (0, height), (0, width), (height, width)
+    if generator.random() < 0.5:
+        scaled = _scaled(height, width, int(generator.choice(DETR_FIRST)) / min(height, width))
+        part = _draw_detr_side(scaled[0], generator), _draw_detr_side(scaled[1], generator)
+        rows = _draw_span(height, scaled[0], part[0], generator)
+        columns = _draw_span(width, scaled[1], part[1], generator)
+    size = _scaled(*part, min(shorter / min(part), DETR_LONGER / max(part)))
+    size = _scaled(*size, min(1.0, crop[0] / size[0], crop[1] / size[1]))
+    return Window(rows[0], columns[0], rows[1], columns[1], *size)
+
+
+def _draw_detr_side(scaled: int, generator: np.random.Generator) -> int:
+    smallest, largest = DETR_CROP
+    return int(generator.integers(min(scaled, smallest), min(scaled, largest) + 1))
+
+
+def _draw_span(side: int, scaled: int, taken: int, generator: np.random.Generator) -> tuple[int, int]:
+    """Begin and end in a source of `side` pixels of `taken` pixels of it when scaled to `scaled`."""
+    start = int(generator.integers(0, scaled - taken + 1))
+    return start * side // scaled, -(-(start + taken) * side // scaled)
+
+
+def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def resize_part(image: np.ndarray, window: Window) -> np.ndarray:

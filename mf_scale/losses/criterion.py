@@ -1,14 +1,9 @@
-"""The training loss: matching, class cross-entropy and mask losses of all supervised layers.
-
-Losses are sums divided by normalisers of the whole step. One call sees one micro-batch of one rank, and an engine that
-averages gradients over ranks and micro-batches divides by both: the trainer multiplies `LossTerms.total` by world size
-x accumulation before backward, so that 1 x 4, 4 x 1 and 2 ranks x 2 are the same loss. Nothing of that is done here.
-"""
+"""The loss of mask classification: matching, class cross-entropy and mask losses of all supervised layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +12,7 @@ from torch.nn import functional as F
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import NO_LABEL, Batch
 from mf_scale.losses.mask_loss import MaskLoss, mask_loss
+from mf_scale.losses.terms import LossTerms
 from mf_scale.matching.cost import pairwise_cost
 from mf_scale.matching.hungarian import Matching, match
 from mf_scale.models.outputs import LayerPrediction, MaskPrediction
@@ -30,22 +26,6 @@ class Normalisers:
     """Segments of the step, those beyond the queries included; below 1 counts as 1."""
     class_weight: float
     """Sum of the class weights of all targets of one layer: matched queries count 1, the others no_object_weight."""
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Loss of one micro-batch."""
-
-    total: Tensor
-    """Scalar in fp32, to be multiplied by world size x accumulation under an averaging engine."""
-    terms: dict[str, Tensor]
-    """class, focal, dice: detached, weighted, normalised, summed over layers; their sum is the total."""
-    matched: int
-    """Segments that have a query in each layer."""
-    surplus: int
-    """Segments beyond the queries: unmatched, though counted in num_masks."""
-    nonfinite: list[dict[str, Any]]
-    """Non-finite matching costs that the warn policy replaced: layer, key, queries, term."""
 
 
 def target_totals(batch: Batch, queries: int, no_object_weight: float) -> tuple[float, float]:
@@ -66,8 +46,27 @@ class Criterion:
     ranks build the same graph and every parameter has a gradient.
     """
 
-    def __init__(self, loss: LossConfig, matching: MatchingConfig, num_classes: int) -> None:
-        self.loss, self.matching, self.num_classes = loss, matching, num_classes
+    names: tuple[str, ...] = ("class", "focal", "dice")
+    counted: tuple[str, ...] = ("matched", "surplus")
+    """Segments that have a query in each layer, and those beyond the queries: unmatched, though in num_masks."""
+
+    summed = 2
+
+    def __init__(self, loss: LossConfig, matching: MatchingConfig, num_classes: int, queries: int) -> None:
+        self.loss, self.matching, self.num_classes, self.queries = loss, matching, num_classes, queries
+
+    def totals(self, batch: Batch) -> tuple[float, ...]:
+        """Segments and class weight of a batch."""
+        return target_totals(batch, self.queries, self.loss.no_object_weight)
+
+    def normalisers(self, totals: Sequence[float]) -> Normalisers:
+        """Of a step, from its summed totals."""
+        return Normalisers(max(1.0, totals[0]), max(1e-12, totals[1]))
+
+    def denominators(self, totals: Sequence[float]) -> dict[str, float]:
+        """The class term is a mean over weighted queries, the others over segments."""
+        step = self.normalisers(totals)
+        return {"class": step.class_weight, "focal": step.num_masks, "dice": step.num_masks}
 
     def __call__(self, prediction: MaskPrediction, batch: Batch, normalisers: Normalisers) -> LossTerms:
         """`prediction` in any float dtype, `batch` on its device; the loss is made in fp32.
@@ -87,7 +86,7 @@ class Criterion:
             "focal": self.loss.focal_weight * masks.focal.sum() / num_masks,
             "dice": self.loss.dice_weight * masks.dice.sum() / num_masks,
         }
-        return LossTerms(total, terms, pairs.matched, pairs.surplus, pairs.nonfinite)
+        return LossTerms(total, terms, {"matched": pairs.matched, "surplus": pairs.surplus}, pairs.nonfinite)
 
     def _class_loss(self, class_logits: Tensor, batch: Batch, pairs: Matching) -> Tensor:
         """Sum over images, layers and queries of the weighted cross-entropy; class_logits [B,S,Q,K+1]."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import IGNORE, NO_LABEL, Batch
 from mf_scale.matching.hungarian import solve
-from mf_scale.models.outputs import MaskPrediction
+from mf_scale.models.outputs import MaskPrediction, PixelPrediction
 
 
 def dense_mask(segment_map: Tensor, layer: int, segment: int) -> Tensor:
@@ -110,3 +110,19 @@ def reference_loss(
             by_class = class_loss(class_logits, targets, loss.no_object_weight) / class_weight
             terms["class"] = terms["class"] + loss.class_weight * by_class
     return terms
+
+
+def reference_pixel_loss(prediction: PixelPrediction, batch: Batch, pixels: float) -> Tensor:
+    """Per-pixel cross-entropy of a batch over `pixels`, summed over layers: dense logits, a segment at a time."""
+    size = batch.segment_map.shape[-2:]
+    total = prediction.pixel_embeddings.new_zeros(())
+    for embeddings in (*prediction.aux, prediction.class_embeddings):
+        logits = torch.einsum("bkc,bchw->bkhw", embeddings, prediction.pixel_embeddings)
+        if prediction.bias is not None:
+            logits = logits + prediction.bias[None, :, None, None]
+        upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        for image, segment_map in enumerate(batch.segment_map[:, 0]):
+            for segment in range(segment_count(batch, image)):
+                log_probability = upsampled[image].log_softmax(dim=0)[batch.labels[image, segment]]
+                total = total - log_probability[segment_map == segment].sum() / max(1.0, pixels)
+    return total

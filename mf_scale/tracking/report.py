@@ -23,7 +23,8 @@ from mf_scale.tracking.pictures import class_color, embedded, read_png, sheet, w
 MOST_BARS = 40
 """Classes that all get a bar; of more only the best and the worst, and a table holds the rest."""
 _LOG_AXES = ("loss", "loss-terms", "gradient-norm")
-_LOSS_TERMS = {"loss_class": "class", "loss_focal": "focal", "loss_dice": "dice"}
+_LOSS_TERM = "loss_"
+"""Prefix of the terms in a step's record: which there are is the loss's matter."""
 
 
 def write_report(run: RunDir) -> Path:
@@ -95,9 +96,10 @@ def training_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
     steps = [r for r in records if r["event"] == "step"]
     validations = [r for r in records if r["event"] == "validation"]
     resumes = sorted({r["step"] for r in records if r["event"] == "start" and r.get("resumed")})
+    terms = list(dict.fromkeys(key for record in steps for key in record if key.startswith(_LOSS_TERM)))
     wanted = [
         ("loss", "Loss", "", [_line("training", steps, "loss"), _line("validation", validations, "loss", points=True)]),
-        ("loss-terms", "Loss terms (weighted)", "", [_line(name, steps, key) for key, name in _LOSS_TERMS.items()]),
+        ("loss-terms", "Loss terms (weighted)", "", [_line(key.removeprefix(_LOSS_TERM), steps, key) for key in terms]),
         ("learning-rate", "Learning rate", "", [_line("learning rate", steps, "lr", points=True)]),
         ("gradient-norm", "Gradient norm before clipping", "", [_line("gradient norm", steps, "grad_norm")]),
         ("speed", "Speed", "images/s", [_line("images/s", steps, "images_per_second")]),

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 
 from mf_scale.distributed import comm
-from mf_scale.training.step import TERMS, StepResult
+from mf_scale.losses.terms import StepLoss
+from mf_scale.training.step import StepResult
 
 
 class Meter:
     """Collects what steps did since the last reading."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, criterion: StepLoss) -> None:
         self._device = device
+        self._names, self._counted = criterion.names, criterion.counted
+        self._counts: list[int] = []
         self._reset()
 
     def add(self, result: StepResult, samples: int, data_wait: float) -> None:
         """One step of `samples` samples that waited `data_wait` seconds for its data."""
         self._terms += result.terms
-        self._matched += result.matched
-        self._surplus += result.surplus
+        self._counts = [so_far + count for so_far, count in zip(self._counts, result.counts, strict=True)]
         self._steps += 1
         self._samples += samples
         self._wait += data_wait
@@ -39,15 +41,13 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """Means of the interval over steps and ranks, then start anew. All ranks call it."""
         elapsed = time.perf_counter() - self._began
-        own = torch.cat([self._terms.double().cpu(), torch.tensor([self._matched, self._surplus], dtype=torch.float64)])
-        total = comm.sum_array(own.numpy())
+        own = torch.cat([self._terms.double().cpu(), torch.tensor(self._counts, dtype=torch.float64)])
         steps = max(1, self._steps)
-        means = {f"loss_{name}": float(value) / steps for name, value in zip(TERMS, total, strict=False)}
+        names = [*(f"loss_{name}" for name in self._names), *self._counted]
+        means = dict(zip(names, (comm.sum_array(own.numpy()) / steps).tolist(), strict=True))
         values = {
-            "loss": sum(means.values()),
+            "loss": sum(means[f"loss_{name}"] for name in self._names),
             **means,
-            "matched": total[-2] / steps,
-            "surplus": total[-1] / steps,
             "images_per_second": self._samples / max(elapsed, 1e-9),
             "step_time": elapsed / steps,
             "data_wait": self._wait / steps,
@@ -56,7 +56,8 @@ class Meter:
         return values
 
     def _reset(self) -> None:
-        self._terms = torch.zeros(len(TERMS), device=self._device)
-        self._matched = self._surplus = self._steps = self._samples = 0
+        self._terms = torch.zeros(len(self._names), device=self._device)
+        self._counts = [0] * len(self._counted)
+        self._steps = self._samples = 0
         self._wait = 0.0
         self._began = time.perf_counter()

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, plan_batch
 from mf_scale.data.index import Index, verify_shards
@@ -52,13 +54,16 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
             where=str(run.path),
             remedy="Restore one, or start a new run_dir (train.init_from can take weights from elsewhere).",
         )
-    source = checkpoint or (resolve_checkpoint(config.train.init_from)[1] if config.train.init_from else None)
-    if source is not None:
-        _check_same_vocabulary(Vocabulary.load(source / VOCABULARY), index, str(source))
+    if checkpoint is not None:
+        _check_same_vocabulary(checkpoint, index, f"start a new run_dir with train.init_from={run.path} --reinit-head.")
+    elif config.train.init_from:
+        source = resolve_checkpoint(config.train.init_from)[1]
+        if not config.train.reinit_head:
+            _check_same_vocabulary(source, index, "add --reinit-head, which takes all but its class head.")
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "damaged": [str(folder) for folder in damaged],
-        "notes": [*notes, *damaged.values()],
+        "notes": [*notes, *damaged.values(), *_few_queries(config, index)],
     }
 
 
@@ -84,15 +89,49 @@ def _refuse_foreign(run: RunDir) -> None:
         )
 
 
-def _check_same_vocabulary(saved: Vocabulary, index: Index, where: str) -> None:
+def _few_queries(config: Config, index: Index) -> list[str]:
+    """A sentence where some images of the source have more segments than there are queries, which is legal."""
+    if config.model.kind != "mask_classification":
+        return []
+    queries, segments = config.model.decoder.queries, segment_counts(index, config.data.task)
+    share, most = float((segments > queries).mean()), int(segments.max())
+    if most <= queries:
+        return []
+    have = "may have" if config.data.task == "instance" else "have"
+    shown = f"{share:.1%}" if share >= 0.001 else f"{int((segments > queries).sum()):,}"
+    return [
+        f"{shown} of the images {have} more segments than the {queries} queries; the surplus stays unmatched "
+        f"(most: {most}; raise model.decoder.queries)"
+    ]
+
+
+def segment_counts(index: Index, task: str) -> np.ndarray:
+    """Segments of each image of a source as `task` has them, int64 [samples], crowds included.
+
+    For instance an upper bound: the segments that are left when each stuff class of the image takes one.
+    """
+    segments = index.column("segments").astype(np.int64)
+    if task == "panoptic":
+        return segments
+    lists = index.table.column("class_ids").chunk(0)
+    offsets = lists.offsets.to_numpy()
+    if task == "semantic":
+        return np.diff(offsets)
+    stuff = ~np.array(index.vocabulary.things, dtype=bool)[lists.values.to_numpy()]
+    before = np.concatenate(([0], np.cumsum(stuff)))
+    return segments - (before[offsets[1:]] - before[offsets[:-1]])
+
+
+def _check_same_vocabulary(source: Path, index: Index, other_way: str) -> None:
+    saved = Vocabulary.load(source / VOCABULARY)
     if saved.digest != index.vocabulary.digest:
         changed = [a for a, b in zip(saved.names, index.vocabulary.names, strict=False) if a != b]
         raise UserError(
             f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the source has "
             f"{index.vocabulary.name!r} ({len(index.vocabulary)} classes)"
             + (f"; the first class that differs is {changed[0]!r}" if changed else ""),
-            where=where,
-            remedy="Pack the source with the checkpoint's vocabulary, or start a new run without these weights.",
+            where=str(source),
+            remedy=f"Pack the source with the checkpoint's vocabulary, or {other_way}",
         )
 
 

@@ -10,33 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mf_scale.config.load import config_to_yaml
-from mf_scale.config.schema import Config, ModelConfig
+from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan, plan_batch
 from mf_scale.data.index import Index
 from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.losses.criterion import Criterion
-from mf_scale.models.build import build_model, serving_kernel
-from mf_scale.models.weights import load_weights
-from mf_scale.rundir import (
-    CONFIG,
-    STATE,
-    VOCABULARY,
-    WEIGHTS,
-    RunDir,
-    read_json,
-    resolve_checkpoint,
-)
+from mf_scale.losses.choose import choose_criterion
+from mf_scale.losses.terms import StepLoss
+from mf_scale.models.build import serving_kernel
+from mf_scale.rundir import CONFIG, STATE, VOCABULARY, RunDir, read_json
+from mf_scale.training.compiling import compile_model
+from mf_scale.training.initial import initial_model
 from mf_scale.training.moments import read_moments
 from mf_scale.training.optimizer import build_optimizer, group_table
 from mf_scale.training.preflight import examine, settle
 from mf_scale.training.state import TrainState
-from mf_scale.vocabulary import Vocabulary
 
 
 @dataclass
@@ -51,17 +43,13 @@ class Session:
     index: Index
     validation: Index | None
     engine: Engine
-    criterion: Criterion
+    criterion: StepLoss
     state: TrainState
     settings: dict[str, str]
     """Texts of config.yaml and vocabulary.json by file name, for the checkpoints."""
     resumed: bool
     notes: list[str]
     """What a person should know about this start."""
-
-    @property
-    def queries(self) -> int:
-        return self.config.model.decoder.queries
 
 
 @contextmanager
@@ -73,13 +61,21 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
         index = comm.together(lambda: Index.open(str(config.data.train)))
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
-        model = comm.together(lambda: _build_model(config, index.vocabulary, checkpoint))
+        model, started_with = comm.together(lambda: initial_model(config, index.vocabulary, checkpoint))
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
         groups = group_table(optimizer.param_groups)
+        if config.model.compile:
+            comm.together(lambda: compile_model(model, device))
         engine = Engine(model.to(device), optimizer, config, plan, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            notes = [*found["notes"], f"attention: {serving_kernel(config.model.attention, device)}", groups]
+            notes = [
+                *found["notes"],
+                *started_with,
+                *getattr(model.backbone, "notes", ()),
+                f"attention: {serving_kernel(config.model.attention, device)}",
+                groups,
+            ]
         state, message = comm.together(lambda: _state(config, index, checkpoint))
         if checkpoint is not None:
             engine.prepare_moments(state.updates)
@@ -96,7 +92,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
             index=index,
             validation=validation,
             engine=engine,
-            criterion=Criterion(config.loss, config.matching, len(index.vocabulary)),
+            criterion=choose_criterion(config, len(index.vocabulary)),
             state=state,
             settings=settings,
             resumed=checkpoint is not None,
@@ -105,25 +101,6 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
     finally:
         while lock:
             os.close(lock.pop())
-
-
-def _build_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> nn.Module:
-    """The model with the weights of the checkpoint, of `train.init_from`, or of its backbone's pretraining."""
-    source = checkpoint / WEIGHTS if checkpoint else None
-    if source is None and config.train.init_from:
-        _, folder = resolve_checkpoint(config.train.init_from)
-        source = folder / WEIGHTS
-    model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
-    if source is not None:
-        load_weights(model, source)
-    return model
-
-
-def _bare(config: ModelConfig) -> ModelConfig:
-    """Without the backbone's pretrained weights, which would be overwritten at once."""
-    from dataclasses import replace
-
-    return replace(config, backbone=replace(config.backbone, weights="none"))
 
 
 def _state(config: Config, index: Index, checkpoint: Path | None) -> tuple[TrainState, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,15 @@ from mf_scale.data.collate import cut
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine, StepOutcome
 from mf_scale.distributed.env import World
-from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
-
-TERMS = ("class", "focal", "dice")
+from mf_scale.losses.terms import StepLoss
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What all ranks know before a step's first forward, from one collective over the CPU."""
 
-    normalisers: Normalisers
-    segments: int
-    """Segments of the step, all ranks."""
+    normalisers: Any
+    """What the loss divides by, made by `StepLoss.normalisers`."""
     stop: bool
     """Some rank was asked to stop."""
     save: bool
@@ -43,31 +41,26 @@ class StepResult:
 
     outcome: StepOutcome
     terms: Tensor
-    """fp32 [len(TERMS)] on the device: this rank's share of the step's weighted loss terms."""
-    matched: int
-    """Matched pairs of the last layer, this rank."""
-    surplus: int
-    """Segments beyond the queries, this rank."""
+    """fp32 on the device, by `StepLoss.names`: this rank's share of the step's weighted loss terms."""
+    counts: list[int]
+    """By `StepLoss.counted`, of this rank."""
     replaced_costs: list[dict[str, object]]
     """Non-finite matching costs that were replaced."""
 
 
-def agree(
-    batch: Batch | None, criterion: Criterion, queries: int, *, stop: bool, save: bool, failed: bool
-) -> Agreement:
+def agree(batch: Batch | None, criterion: StepLoss, *, stop: bool, save: bool, failed: bool) -> Agreement:
     """Sum what the step needs over the ranks. Micro-batches are parts of `batch`, so its totals are theirs."""
-    segments, class_weight, bad = 0.0, 0.0, 0
+    flags, totals = [stop, save, 0, failed], [0.0] * criterion.summed
     if batch is not None:
-        segments, class_weight = target_totals(batch, queries, criterion.loss.no_object_weight)
-        bad = sum(event.get("event") == "quarantine" for event in batch.events)
-    total = comm.sum_array(np.array([segments, class_weight, stop, save, bad, failed], dtype=np.float64))
-    normalisers = Normalisers(num_masks=max(1.0, float(total[0])), class_weight=float(total[1]))
-    return Agreement(normalisers, int(total[0]), bool(total[2]), bool(total[3]), int(total[4]), bool(total[5]))
+        flags[2] = sum(event.get("event") == "quarantine" for event in batch.events)
+        totals = [*criterion.totals(batch)]
+    stops, saves, bad, fails, *totals = comm.sum_array(np.array([*flags, *totals], dtype=np.float64)).tolist()
+    return Agreement(criterion.normalisers(totals), bool(stops), bool(saves), int(bad), bool(fails))
 
 
 def train_step(
     engine: Engine,
-    criterion: Criterion,
+    criterion: StepLoss,
     batch: Batch,
     agreement: Agreement,
     *,
@@ -79,8 +72,8 @@ def train_step(
     lr_factor: float,
 ) -> StepResult:
     """Train on this rank's share of global batch `step`."""
-    terms = torch.zeros(len(TERMS), device=device)
-    matched, surplus, replaced = 0, 0, []
+    terms = torch.zeros(len(criterion.names), device=device)
+    counts, replaced = [0] * len(criterion.counted), []
     # The engine averages over ranks and accumulation; the normalisers already belong to the whole step.
     scale = plan.world_size * plan.accumulation
     outcome = None
@@ -90,15 +83,15 @@ def train_step(
         seed_model(seed, step, lane=world.rank + world.size * first)
         losses = criterion(engine.forward(micro.images), micro, agreement.normalisers)
         engine.backward(losses.total * scale)
-        terms += torch.stack([losses.terms[name] for name in TERMS])
-        matched, surplus = matched + losses.matched, surplus + losses.surplus
+        terms += torch.stack([losses.terms[name] for name in criterion.names])
+        counts = [so_far + losses.counts[name] for so_far, name in zip(counts, criterion.counted, strict=True)]
         replaced += losses.nonfinite
         if number + 1 < plan.accumulation:
             engine.end_micro_batch()
         else:
             outcome = engine.step(lambda group: group["base_lr"] * lr_factor)
     assert outcome is not None  # accumulation is at least 1
-    return StepResult(outcome, terms, matched, surplus, replaced)
+    return StepResult(outcome, terms, counts, replaced)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -56,7 +56,7 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag) -> bool:
 def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag) -> bool:
     """Take steps until the last one (False) or until the ranks agree to stop (True)."""
     config, state = session.config, session.state
-    meter = Meter(session.device)
+    meter = Meter(session.device, session.criterion)
     skipped_in_a_row = 0
     # A validation that a stop interrupted is made up for.
     meter.pause(_validate_if_due(session, recorder, flag))
@@ -66,7 +66,6 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFla
             agreement = agree(
                 batch,
                 session.criterion,
-                session.queries,
                 stop=flag.wanted,
                 save=saver.due_by_time(),
                 failed=failure is not None,

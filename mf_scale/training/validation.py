@@ -15,13 +15,13 @@ from mf_scale.data.loader import loss_batches
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
-from mf_scale.training.step import TERMS, to_device
+from mf_scale.losses.terms import StepLoss
+from mf_scale.training.step import to_device
 
 
 def validation_loss(
     engine: Engine,
-    criterion: Criterion,
+    criterion: StepLoss,
     index: Index,
     config: Config,
     world: World,
@@ -32,7 +32,7 @@ def validation_loss(
 
     Sums are taken with normalisers of 1 and divided at the end, so the value does not depend on ranks or batches.
     """
-    sums = np.zeros(len(TERMS) + 3)
+    sums = np.zeros(len(criterion.names) + criterion.summed + 1)
     engine.share_buffers()
     engine.train(False)
     try:
@@ -40,19 +40,17 @@ def validation_loss(
             for batch in _batches(index, config, world):
                 if comm.sum_array(np.array([int(stop_wanted())]))[0]:
                     return None
-                sums += _batch_sums(engine, criterion, batch, config, device)
+                sums += _batch_sums(engine, criterion, batch, device)
     finally:
         engine.train(True)
-    total = comm.sum_array(sums)
-    masks, class_weight = max(1.0, total[-3]), max(1e-12, total[-2])
-    by_term = {
-        name: float(value / (class_weight if name == "class" else masks))
-        for name, value in zip(TERMS, total, strict=False)
-    }
+    *values, bad = comm.sum_array(sums).tolist()
+    terms = len(criterion.names)
+    denominators = criterion.denominators(values[terms:])
+    by_term = {name: value / denominators[name] for name, value in zip(criterion.names, values[:terms], strict=True)}
     return {
         "loss": sum(by_term.values()),
         **{f"loss_{name}": value for name, value in by_term.items()},
-        "undecodable": int(total[-1]),
+        "undecodable": int(bad),
     }
 
 
@@ -63,7 +61,7 @@ def _batches(index: Index, config: Config, world: World) -> Iterator[Batch]:
     )
 
 
-def _batch_sums(engine: Engine, criterion: Criterion, batch: Batch, config: Config, device: torch.device) -> np.ndarray:
+def _batch_sums(engine: Engine, criterion: StepLoss, batch: Batch, device: torch.device) -> np.ndarray:
     """Sums of the terms and of their normalisers, and the samples that do not decode.
 
     Places without a sample (key "", at the end of the batch) count nothing.
@@ -71,9 +69,10 @@ def _batch_sums(engine: Engine, criterion: Criterion, batch: Batch, config: Conf
     real = sum(key != "" for key in batch.keys)
     kept = cut(batch, 0, max(real, 1))
     micro = to_device(kept, device)
-    losses = criterion(engine.forward(micro.images), micro, Normalisers(1.0, 1.0))
+    # All places go through the model: a compiled one is made for one shape.
+    prediction = engine.forward(to_device(batch, device).images).first(len(kept.keys))
+    losses = criterion(prediction, micro, criterion.normalisers([1.0] * criterion.summed))
     bad = sum(event["event"] == "quarantine" for event in batch.events)
     if not real:
-        return np.array([*(0.0 for _ in TERMS), 0.0, 0.0, bad])
-    totals = target_totals(kept, config.model.decoder.queries, config.loss.no_object_weight)
-    return np.array([*(float(losses.terms[name]) for name in TERMS), *totals, bad])
+        return np.array([*[0.0] * (len(criterion.names) + criterion.summed), bad])
+    return np.array([*(float(losses.terms[name]) for name in criterion.names), *criterion.totals(kept), bad])

@@ -79,12 +79,13 @@ def _quarter(quarter: int, height: int, width: int) -> tuple[slice, slice]:
 class ColorModel(nn.Module):
     """One query a class; its mask is where the image has the class's colour."""
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = 4) -> None:
         super().__init__()
+        self.stride = stride
         self.colors = nn.Parameter(torch.from_numpy(COLORS.astype(np.float32)))
 
     def forward(self, images: Tensor) -> MaskPrediction:
-        pooled = F.avg_pool2d(images.float(), 4, ceil_mode=True)  # [1,3,h,w]
+        pooled = F.avg_pool2d(images.float(), self.stride, ceil_mode=True)  # [1,3,h,w]
         distance = (pooled[:, None] - self.colors[None, :, :, None, None]).norm(dim=2)
         queries = torch.eye(4, device=images.device)[None]
         return MaskPrediction(F.pad(9 * queries, (0, 1)), queries, (100 - distance) / 10)

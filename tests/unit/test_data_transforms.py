@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mf_scale.config.load import load_config
+from mf_scale.config.validate import validate
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE
 from mf_scale.data.collate import blank_sample, collate, cut, join
 from mf_scale.data.decode import StoredSample
 from mf_scale.data.targets import TargetRules, make_targets
 from mf_scale.data.transforms import (
+    DETR_SHORTER,
     PAD,
+    draw_detr_window,
     draw_window,
     fitted_sample,
     jitter_color,
@@ -19,6 +25,7 @@ from mf_scale.data.transforms import (
     sample_generator,
     training_sample,
 )
+from mf_scale.errors import UserError
 from tests.sources import small_config
 
 THINGS = np.array([True, True, False, False])
@@ -102,10 +109,11 @@ def picture(height: int, width: int) -> StoredSample:
     return StoredSample("k", image, cells[None], np.arange(64) % 4, np.zeros(64, np.int64), np.zeros(64, bool))
 
 
+@pytest.mark.parametrize("resize", ["scale", "detr"])
 @pytest.mark.parametrize("position", range(12))
-def test_image_and_map_stay_together(position):
+def test_image_and_map_stay_together(position, resize):
     sample = picture(120, 160)
-    config = small_config(crop=[48, 64], color=False, scale=[0.4, 2.5])
+    config = small_config(crop=[48, 64], color=False, scale=[0.4, 2.5], resize=resize)
     made = training_sample(
         sample, config, TargetRules("panoptic", np.ones(4, bool), "none", "none"), sample_generator(1, position)
     )
@@ -143,6 +151,73 @@ def test_scales_cover_their_range_and_very_long_images_are_bounded():
     assert min(shares) < 0.53 and max(shares) == 1.0  # at 2.0 half of the shorter side shows, at 0.5 all of it
     window = draw_window(10, 10_000, [64, 64], [0.5, 2.0], generator)
     assert (window.height, window.width) == (1, 64)
+
+
+def test_the_longest_side_of_every_published_recipe():
+    """A strip of 1 : 100 meets it: 2048 on ADE20K, 2560 on COCO-Stuff-10k, 4096 on Cityscapes, 8192 on Mapillary."""
+    recipes = {2048: ([512, 512], 2.0), 2560: ([640, 640], 1.5), 4096: ([512, 1024], 4.0), 8192: ([1280, 1280], 3.2)}
+    for longest, (crop, largest) in recipes.items():
+        window = draw_window(1000, 100_000, crop, [largest, largest], np.random.default_rng(0))
+        assert window.height == round(longest / 100) and window.width == crop[1]
+
+
+sides = st.integers(1, 3000)
+NO_LIMIT = [10**6, 10**6]
+
+
+@settings(max_examples=200)
+@given(sides, sides, st.integers(64, 1400), st.integers(64, 1400), st.integers(0, 2**32))
+def test_laws_of_the_detr_window(height, width, crop_height, crop_width, seed):
+    window = draw_detr_window(height, width, [crop_height, crop_width], np.random.default_rng(seed))
+    assert 0 <= window.top < window.bottom <= height and 0 <= window.left < window.right <= width
+    assert 1 <= window.height <= crop_height and 1 <= window.width <= crop_width
+    whole = draw_detr_window(height, width, NO_LIMIT, np.random.default_rng(seed))
+    spans = ("top", "left", "bottom", "right")
+    assert [getattr(whole, s) for s in spans] == [
+        getattr(window, s) for s in spans
+    ]  # the canvas changes the size alone
+    assert max(whole.height, whole.width) <= 1333
+    assert min(whole.height, whole.width) in DETR_SHORTER or max(whole.height, whole.width) == 1333
+    fits = whole.height <= crop_height and whole.width <= crop_width
+    factor = 1.0 if fits else min(crop_height / whole.height, crop_width / whole.width)
+    assert abs(window.height - whole.height * factor) <= 1 and abs(window.width - whole.width * factor) <= 1
+
+
+def test_detr_draws_what_the_published_mapper_draws():
+    """On a 480 x 640 image: every size equally often, half of the windows crops of 384 to 600 of a resized image."""
+    windows = [draw_detr_window(480, 640, NO_LIMIT, np.random.default_rng(i)) for i in range(4000)]
+    shorter = np.array([min(w.height, w.width) for w in windows])
+    counts = [int((shorter == size).sum()) for size in range(480, 801, 32)]
+    assert sum(counts) == 4000 and min(counts) > 280 and max(counts) < 450  # 364 each on average
+    cropped = [w for w in windows if (w.bottom - w.top, w.right - w.left) != (480, 640)]
+    assert 0.45 < len(cropped) / 4000 < 0.55
+    kept = np.array([[w.bottom - w.top, w.right - w.left] for w in cropped])
+    # resized to 600 the image is 600 x 800: a crop of 384 shows 307 of its 480 rows, and of its 640 columns
+    assert 306 <= kept[:, 0].min() <= 309 and kept[:, 0].max() == 480
+    assert 306 <= kept[:, 1].min() <= 309 and kept[:, 1].max() == 640  # of 533 columns at 400 all may stay
+    for w in cropped:
+        assert (
+            abs(w.height / w.width - (w.bottom - w.top) / (w.right - w.left)) < 0.02 or max(w.height, w.width) == 1333
+        )
+
+
+def test_the_configuration_chooses_between_scale_and_detr():
+    """On a canvas of 1400 nothing is scaled down: the shorter side is one of DETR's, the rest is padding."""
+    everything = TargetRules("panoptic", np.ones(4, bool), "none", "none")
+    config = small_config(crop=[1400, 1400], color=False, resize="detr")
+    made = training_sample(picture(96, 128), config, everything, sample_generator(0, 5))
+    seen = made.targets.segment_map[0] != IGNORE
+    size = int(seen.any(axis=1).sum()), int(seen.any(axis=0).sum())
+    window = draw_detr_window(96, 128, [1400, 1400], sample_generator(0, 5))
+    assert size == (window.height, window.width) and min(size) in DETR_SHORTER
+    scaled = training_sample(picture(96, 128), small_config(crop=[64, 64]), everything, sample_generator(0, 5))
+    assert (scaled.targets.segment_map >= 0).all()
+
+
+def test_a_changed_scale_is_refused_with_detr():
+    validate(load_config(None, ["data.resize=detr"]))
+    with pytest.raises(UserError, match=r"data.scale = \[0.5, 1.5\] does nothing with data.resize = detr"):
+        validate(load_config(None, ["data.resize=detr", "data.scale=[0.5,1.5]"]))
 
 
 def test_a_sample_depends_on_seed_and_position_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from mf_scale.errors import UserError
+from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.predict import predict_images, read_image
+from mf_scale.evaluation.rle import bounding_box, coco_mask
 from mf_scale.models.build import build_model
 from mf_scale.models.maskformer import MaskFormer
-from mf_scale.rundir import RunDir
-from tests.unit.painted import painted_config, write_checkpoint
+from mf_scale.rundir import MANIFEST, VOCABULARY, RunDir, file_digest
+from tests.unit.painted import COLORS, ColorModel, painted_config, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,76 @@ def test_overlay_map_and_segments(run: str, tmp_path: Path, task: str) -> None:
         assert all(0 < s["score"] <= 1 for s in summary["segments"])
     with Image.open(tmp_path / "out" / "a.overlay.png") as overlay:
         assert overlay.height > 640, "a legend stands below the picture"
+
+
+def test_instances_overlap_and_the_best_lies_on_top(run: str, tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    image = _image(tmp_path / "a.jpg")
+    options = ["eval.instance_top_k=7"]
+    assert predict_images([str(image)], run, str(tmp_path / "out"), task="instance", overrides=options) == 0
+    summary = json.loads((tmp_path / "out" / "a.json").read_text())
+    ids = np.asarray(cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED))
+    listed, on_top = summary["segments"], np.zeros_like(ids)
+    assert 0 < len(listed) <= 7 and [s["id"] for s in listed] == list(range(1, len(listed) + 1))
+    for segment in reversed(listed):
+        mask = coco.decode(segment["segmentation"]).astype(bool)
+        assert mask.shape == (70, 50) and mask.sum() == segment["area"] > 0
+        assert coco.toBbox(segment["segmentation"]).tolist() == segment["bbox"]
+        assert segment["thing"] and segment["class"] in ("cat", "dog")
+        on_top[mask] = segment["id"]
+    assert np.array_equal(ids, on_top) and summary["void"]["area"] == (ids == 0).sum()
+    scores = [s["score"] for s in listed]
+    assert scores == sorted(scores, reverse=True) and scores[-1] > 0
+    assert sum(s["area"] for s in listed) > (ids > 0).sum(), "some lie over others"
+
+
+def test_instances_need_things_and_the_score_threshold_is_told(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, high = _image(tmp_path / "a.png"), ["eval.instance_threshold=1.0"]
+    assert predict_images([str(image)], run, str(tmp_path / "out"), task="instance", overrides=high) == 0
+    assert "no segment is above eval.instance_threshold=1 in 1 of them" in capsys.readouterr().out
+    stuff = tmp_path / "stuff"
+    shutil.copytree(RunDir(Path(run)).checkpoint(3), stuff)
+    (stuff / VOCABULARY).write_text((stuff / VOCABULARY).read_text().replace("true", "false"))
+    manifest = json.loads((stuff / MANIFEST).read_text())
+    entry = {"size": (stuff / VOCABULARY).stat().st_size, "sha256": file_digest(stuff / VOCABULARY)}
+    (stuff / MANIFEST).write_text(json.dumps({**manifest, "files": {**manifest["files"], VOCABULARY: entry}}))
+    with pytest.raises(UserError, match=r"has no thing class.*--task semantic or panoptic"):
+        predict_images([str(image)], str(stuff), str(tmp_path / "out"), task="instance")
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_masks_are_written_as_coco_writes_them(height: int, width: int, share: float, seed: int) -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    assert coco_mask(mask) == {"size": [height, width], "counts": expected["counts"].decode()}
+    assert bounding_box(mask) == coco.toBbox(expected).tolist()
+
+
+def test_long_runs_take_several_characters() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    mask = np.zeros((3000, 2000), dtype=bool)
+    mask[7, 0] = mask[2999, 1999] = mask[100:2000, 3:900] = True
+    assert coco_mask(mask)["counts"] == coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+@pytest.mark.parametrize("size", [(3, 2000), (2000, 3), (1, 1)])
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_strips_are_predicted_at_their_own_size(run: str, tmp_path: Path, size: tuple[int, int], task: str) -> None:
+    """Resized for inference these are thinner than a cell of the coarsest map."""
+    image = _image(tmp_path / "a.png", size)
+    assert predict_images([str(image)], run, str(tmp_path / "out"), task=task) == 0
+    assert cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED).shape == size  # type: ignore[union-attr]
+
+
+def test_what_a_strip_is_widened_by_is_left_out_of_the_answer() -> None:
+    pixels = np.zeros((4, 400, 3), dtype=np.uint8)
+    pixels[:, :200], pixels[:, 200:] = COLORS[0], COLORS[1]
+    said = answer(ColorModel(), pixels, painted_config(eval__max_side=400))
+    assert said.prediction.pixel_embeddings.shape[-2:] == (8, 100) and said.extent == (1.0, 100.0)
+    assert np.array_equal(said.semantic(), np.arange(400)[None].repeat(4, 0) >= 200)
 
 
 def test_folders_and_names_that_stand_twice(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

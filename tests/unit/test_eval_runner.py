@@ -134,15 +134,17 @@ def test_inference_size_keeps_the_aspect_within_both_limits(height: int, width: 
     assert inference_size(height, width, 512, 1000) == expected
 
 
-@pytest.mark.parametrize(("short_side", "off"), [(243, 1), (25, 2)])
+@pytest.mark.parametrize(
+    ("short_side", "stride", "off"), [(243, 4, 1), (25, 4, 2), (243, 8, 1), (243, 14, 2), (61, 1, 1)]
+)
 @pytest.mark.parametrize("size", [(61, 83), (64, 96), (37, 50)])
-def test_an_answer_lies_on_its_image(size: tuple[int, int], short_side: int, off: int) -> None:
+def test_an_answer_lies_on_its_image(size: tuple[int, int], short_side: int, stride: int, off: int) -> None:
     """A vertical edge is found where it is, also where the inference size is no multiple of the stride."""
     image = np.zeros((*size, 3), dtype=np.uint8)
     edge = size[1] * 3 // 4
     image[:, :edge], image[:, edge:] = (230, 40, 40), (50, 80, 240)
     config = painted_config(eval__short_side=short_side, eval__max_side=1000)
-    classes = answer(ColorModel().eval(), image, config).semantic()
+    classes = answer(ColorModel(stride).eval(), image, config).semantic()
     assert classes.shape == size
     found = (classes == 0).sum(1)
     assert abs(found - edge).max() <= off

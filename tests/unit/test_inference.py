@@ -1,17 +1,21 @@
-"""Semantic and panoptic inference against a plain statement of the paper's rules."""
+"""The three inferences against a plain statement of their rules, and against transformers' where the rules agree."""
 
 from __future__ import annotations
 
+import math
 import resource
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mf_scale.evaluation.inference import panoptic, semantic
+from mf_scale.evaluation.inference import Instances, instance, panoptic, semantic
 from mf_scale.models.outputs import MaskPrediction
 
 HIGH = 12.0
@@ -177,3 +181,196 @@ def _cast(prediction: MaskPrediction, dtype: torch.dtype) -> MaskPrediction:
     return MaskPrediction(
         prediction.class_logits.to(dtype), prediction.mask_embeddings.to(dtype), prediction.pixel_embeddings.to(dtype)
     )
+
+
+@pytest.mark.parametrize("mask_threshold", [0.2, 0.5, 0.8])
+def test_the_mask_threshold_of_panoptic_says_what_a_querys_own_mask_is(mask_threshold: float) -> None:
+    """A query of probability 0.3 on the half it loses and 0.9 on the half it keeps."""
+    weak = torch.tensor([0.3, 0.9]).logit().tolist()
+    masks = torch.tensor([_halves(HIGH, -HIGH), [[weak[0], weak[0], weak[1], weak[1]]] * 2])
+    prediction = _from_masks([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]], masks)
+    _, segments = panoptic(prediction, (2, 4), [True, True], 0.5, 0.8, mask_threshold=mask_threshold)[0]
+    assert [s["label"] for s in segments] == ([0] if mask_threshold < 0.3 else [0, 1])
+
+
+def _dense_instances(
+    prediction: MaskPrediction,
+    size: tuple[int, int],
+    things: list[bool],
+    top_k: int,
+    score_threshold: float,
+    mask_threshold: float = 0.5,
+) -> list[tuple[int, float, Tensor]]:
+    """The rule one pair after the other, dense, for the first image: (class, score, mask), best first."""
+    probabilities = prediction.class_logits[0].softmax(-1)
+    masks = _mask_logits(prediction, size)[0].sigmoid()
+    pairs = [(float(probabilities[q, k]), q, k) for q in range(len(masks)) for k in range(len(things)) if things[k]]
+    found = []
+    for probability, q, k in sorted(pairs, key=lambda pair: -pair[0])[:top_k]:
+        inside = masks[q] >= mask_threshold
+        if inside.any():
+            found.append((k, probability * float(masks[q][inside].mean()), inside))
+    return sorted((f for f in found if f[1] >= score_threshold), key=lambda f: -f[1])
+
+
+def _listed(found: Instances) -> list[tuple[int, float, Tensor]]:
+    masks = (torch.from_numpy(found.mask(i)) for i in range(len(found)))
+    return list(zip(found.labels.tolist(), found.scores.tolist(), masks, strict=True))
+
+
+def _same(found: list[tuple[int, float, Tensor]], expected: list[tuple[int, float, Tensor]]) -> None:
+    assert [f[0] for f in found] == [e[0] for e in expected]
+    assert [f[1] for f in found] == pytest.approx([e[1] for e in expected], rel=1e-5)
+    assert all(torch.equal(f[2], e[2]) for f, e in zip(found, expected, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 9),
+    things=st.lists(st.booleans(), min_size=1, max_size=6),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    budget=st.sampled_from([1, 500, 4000, 1 << 20]),
+    top_k=st.integers(1, 30),
+    score_threshold=st.sampled_from([0.0, 0.1, 0.4]),
+    mask_threshold=st.sampled_from([0.0, 0.3, 0.5, 0.7]),
+)
+def test_instances_are_the_dense_rule_for_any_shape_and_budget(
+    seed: int,
+    queries: int,
+    things: list[bool],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    budget: int,
+    top_k: int,
+    score_threshold: float,
+    mask_threshold: float,
+) -> None:
+    prediction = _random(seed, queries=queries, classes=len(things), grid=grid)
+    found, second = instance(
+        prediction, size, things, top_k, score_threshold, mask_threshold=mask_threshold, budget=budget
+    )
+    assert found.size == second.size == size and found.masks.dtype == torch.uint8
+    assert found.masks.shape[1:] == (size[0], math.ceil(size[1] / 8)) and len(found.masks) <= queries
+    _same(_listed(found), _dense_instances(prediction, size, things, top_k, score_threshold, mask_threshold))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    queries=st.integers(1, 9),
+    classes=st.integers(1, 9),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    budget=st.integers(1, 5000),
+)
+def test_semantic_and_panoptic_do_not_depend_on_the_budget(
+    seed: int, queries: int, classes: int, size: tuple[int, int], budget: int
+) -> None:
+    prediction, things = _random(seed, queries=queries, classes=classes), [k % 2 == 0 for k in range(classes)]
+    assert torch.equal(semantic(prediction, size, budget=budget), semantic(prediction, size))
+    for (one, listed), (other, also) in zip(
+        panoptic(prediction, size, things, 0.3, 0.4, budget=budget),
+        panoptic(prediction, size, things, 0.3, 0.4),
+        strict=True,
+    ):
+        assert torch.equal(one, other) and listed == also
+
+
+def test_a_query_of_two_classes_is_two_instances_of_one_mask() -> None:
+    prediction = _from_masks([[2.0, 2.0, 9.0, 0.0]], torch.full((1, 2, 2), HIGH))
+    (found,) = instance(prediction, (4, 4), [True, True, False], 100, 0.0)
+    assert found.labels.tolist() == [0, 1] and len(found.masks) == 1 and found.mask(1).all()
+
+
+def test_stuff_takes_no_things_place_and_empty_masks_are_dropped() -> None:
+    masks = torch.tensor([_halves(HIGH, HIGH), _halves(-HIGH, -HIGH), _halves(HIGH, -HIGH)])
+    prediction = _from_masks([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 8.0, 0, 0]], masks)
+    (found,) = instance(prediction, (2, 4), [False, True, True], 2, 0.0)
+    assert found.labels.tolist() == [1] and found.mask(0).tolist() == [[True, True, False, False]] * 2
+    for things in ([False] * 3, [True] * 3):
+        assert len(instance(prediction, (2, 4), things, 5, 1.0)[0]) == 0
+
+
+def test_the_thresholds_of_instances_act() -> None:
+    prediction = _random(5, images=1, queries=20)
+    counts = [len(instance(prediction, (9, 9), [True] * 5, 50, t)[0]) for t in (0.0, 0.2, 0.5)]
+    assert counts[0] > counts[1] > counts[2] > 0
+    best = [instance(prediction, (9, 9), [True] * 5, 1, 0.0, mask_threshold=t)[0].mask(0) for t in (0.2, 0.5, 0.8)]
+    areas = [int(mask.sum()) for mask in best]
+    assert areas[0] > areas[1] > areas[2] > 0
+    assert len(instance(prediction, (9, 9), [True] * 5, 3, 0.0)[0]) == 3
+
+
+def test_many_instances_at_a_large_size_stay_in_their_budget() -> None:
+    """100 queries at 1024 x 1024 pixels: 400 MiB as fp32, 100 MiB as bool, 12.5 MiB as they are kept."""
+    prediction = _random(2, images=1, queries=100, classes=3, grid=(64, 64))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (found,) = instance(prediction, (1024, 1024), [True] * 3, 100, 0.0, budget=1 << 20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 * 1024
+    assert len(found) == 100 and found.masks.nbytes <= 100 * 1024 * 1024 // 8
+
+
+def _outputs(prediction: MaskPrediction) -> SimpleNamespace:
+    logits = torch.einsum("bqc,bchw->bqhw", prediction.mask_embeddings, prediction.pixel_embeddings)
+    return SimpleNamespace(class_queries_logits=prediction.class_logits, masks_queries_logits=logits)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return pytest.importorskip("transformers").MaskFormerImageProcessor()
+
+
+class TestAgainstTransformers:
+    """The same logits through transformers' post-processing, at the size of the logits.
+
+    At other sizes it goes its own way: it resizes class scores (semantic), probabilities (panoptic) or finished masks
+    by the nearest pixel (instance) where the papers' code and ours resize mask logits.
+    """
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_semantic(self, processor: Any, seed: int) -> None:
+        prediction = _random(seed, queries=9)
+        theirs = processor.post_process_semantic_segmentation(_outputs(prediction))
+        assert torch.equal(semantic(prediction, (6, 9)), torch.stack(theirs))
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_panoptic(self, processor: Any, seed: int) -> None:
+        """Masks are clear-cut here and nothing is fused.
+
+        It cuts a query's own mask after multiplying it with the class probability, asks for more than the overlap
+        threshold instead of as much, and counts its ids on from a fused segment's, so that two segments may share one.
+        """
+        prediction = _random(seed, queries=12)
+        prediction.class_logits *= 3
+        prediction.pixel_embeddings *= 30
+        theirs = processor.post_process_panoptic_segmentation(
+            _outputs(prediction), threshold=0.6, overlap_mask_area_threshold=0.3, label_ids_to_fuse=set()
+        )
+        found = 0
+        for (segment_map, segments), other in zip(
+            panoptic(prediction, (6, 9), [True] * 5, 0.6, 0.3), theirs, strict=True
+        ):
+            assert torch.equal(segment_map + 1, other["segmentation"])
+            assert [s["label"] for s in segments] == [s["label_id"] for s in other["segments_info"]]
+            assert [s["score"] for s in segments] == pytest.approx(
+                [s["score"] for s in other["segments_info"]], abs=1e-6
+            )
+            found += len(segments)
+        assert found > 2
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.3])
+    def test_instance(self, processor: Any, threshold: float) -> None:
+        """All classes are things here and as many pairs are taken as there are queries: it knows no other number.
+
+        It takes no notice of its mask threshold (always 0.5).
+        """
+        prediction = _random(7, queries=12)
+        theirs = processor.post_process_instance_segmentation(
+            _outputs(prediction), threshold=threshold, return_binary_maps=True
+        )
+        for found, other in zip(instance(prediction, (6, 9), [True] * 5, 12, threshold), theirs, strict=True):
+            listed = zip(other["segments_info"], other["segmentation"], strict=True)
+            expected = sorted(((s["label_id"], s["score"], mask.bool()) for s, mask in listed), key=lambda e: -e[1])
+            assert expected
+            _same(_listed(found), expected)

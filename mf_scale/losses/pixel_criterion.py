@@ -1,0 +1,59 @@
+"""The loss of per-pixel classification: cross-entropy of every labelled pixel, in every supervised layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mf_scale.data.batch import Batch
+from mf_scale.losses.pixel_loss import UNCOUNTED, pixel_loss
+from mf_scale.losses.terms import LossTerms
+from mf_scale.models.outputs import PixelPrediction
+
+
+class PixelCriterion:
+    """Mean cross-entropy over the pixels of the step that have a segment. Source: MaskFormer section 4.1, its code.
+
+    Pixels that are NONE or IGNORE are out. All outputs of the model take part for every batch by the same operations,
+    also for one without a labelled pixel, whose loss is 0. (The paper's code takes the mean of each GPU's share.)
+    """
+
+    names: tuple[str, ...] = ("pixel",)
+    counted: tuple[str, ...] = ()
+    summed = 1
+
+    def totals(self, batch: Batch) -> tuple[float, ...]:
+        """Pixels with a segment."""
+        return (float((batch.segment_map[:, 0] >= 0).sum()),)
+
+    def normalisers(self, totals: Sequence[float]) -> float:
+        """Counted pixels of the step, at least 1."""
+        return max(1.0, totals[0])
+
+    def denominators(self, totals: Sequence[float]) -> dict[str, float]:
+        """The only term's."""
+        return {"pixel": self.normalisers(totals)}
+
+    def __call__(self, prediction: PixelPrediction, batch: Batch, normalisers: float) -> LossTerms:
+        """`prediction` in any float dtype, `batch` of the semantic task on its device; the loss is made in fp32."""
+        with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
+            embeddings, pixels = _wide(prediction.stacked()), _wide(prediction.pixel_embeddings)
+            bias = prediction.bias
+            bias = embeddings.new_zeros(embeddings.shape[2]) if bias is None else _wide(bias)
+            total = pixel_loss(embeddings, pixels, bias, pixel_classes(batch)) / normalisers
+        return LossTerms(total, {"pixel": total.detach()})
+
+
+def pixel_classes(batch: Batch) -> Tensor:
+    """Class of every pixel, int64 [B,H,W], UNCOUNTED where there is no segment; the semantic task has one map layer."""
+    segment_map = batch.segment_map[:, 0].long()
+    labels = F.pad(batch.labels, (0, 1), value=UNCOUNTED)
+    index = torch.where(segment_map >= 0, segment_map, labels.shape[1] - 1)
+    return labels.gather(1, index.flatten(1)).view_as(segment_map)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,68 @@
+"""The model a run starts with: weights of its checkpoint, of another run, or of its backbone's pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mf_scale.config.schema import Config, ModelConfig
+from mf_scale.errors import UserError
+from mf_scale.models.build import build_model
+from mf_scale.models.weights import compare, load_weights, read_weights
+from mf_scale.rundir import WEIGHTS, resolve_checkpoint
+from mf_scale.vocabulary import Vocabulary
+
+CLASS_HEADS = {
+    "mask_classification": "heads.class_head.",
+    "per_pixel": "classifier.",
+    "per_pixel_plus": "transformer_decoder.queries.",  # query k is class k
+}
+"""By model kind, how the names of the tensors begin that belong to the classes of one vocabulary."""
+
+
+def initial_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> tuple[nn.Module, list[str]]:
+    """The model on the CPU with the weights of `checkpoint` (a resumed run's own), `train.init_from` or neither.
+
+    With train.reinit_head the class head of `init_from` is left out and starts anew, which the notes list; a resumed
+    run's checkpoint has its own class head and is taken whole. Raises UserError for weights that do not fit.
+    """
+    source = checkpoint or (resolve_checkpoint(config.train.init_from)[1] if config.train.init_from else None)
+    model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
+    if source is None:
+        return model, []
+    if checkpoint is None and config.train.reinit_head:
+        return model, [_load_all_but_class_head(model, source / WEIGHTS, config.model.kind)]
+    load_weights(model, source / WEIGHTS)
+    return model, []
+
+
+def _bare(config: ModelConfig) -> ModelConfig:
+    """Without the backbone's pretrained weights, which would be overwritten at once."""
+    return replace(config, backbone=replace(config.backbone, weights="none"))
+
+
+def _load_all_but_class_head(model: nn.Module, file: Path, kind: str) -> str:
+    """Load what does not depend on the classes; a table of what starts anew. UserError where the rest does not fit."""
+    given, own = read_weights(file), model.state_dict()
+    anew = [name for name in own if _is_of_classes(name, kind)]
+    kept = {name: value for name, value in given.items() if not _is_of_classes(name, kind)}
+    report = compare({name: value for name, value in own.items() if name not in anew}, kept)
+    if not report.complete:
+        raise UserError(
+            f"the weights do not fit the model, even without the class head:\n{report.table()}\n",
+            where=str(file),
+            remedy="They come from another model configuration.",
+        )
+    model.load_state_dict(kept, strict=False)
+    lines = [f"  anew       {name} {_shape(own[name])} ({_shape(given.get(name))} in {file.parent})" for name in anew]
+    return "\n".join([f"{report.matched} tensors taken from {file.parent}, the class head starts anew:", *lines])
+
+
+def _is_of_classes(name: str, kind: str) -> bool:
+    return name.startswith(CLASS_HEADS[kind])
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else str(list(tensor.shape))
