@@ -44,7 +44,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = " (key=value goes behind --set here)" if any("=" in item for item in unknown) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options

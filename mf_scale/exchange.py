@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mf_scale.bundle import new_folder, refuse_used_folder, save_tensors, write_bundle
+from mf_scale.config.consent import belongs_to_a_checkpoint, refuse_unasked_code
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config, ModelConfig
 from mf_scale.config.validate import check_vocabulary, validate
@@ -82,8 +83,10 @@ def import_model(
         raise _lacking("--vocabulary FILE", "a file does not say what its classes are called", source)
     derived, notes = _settings(described, source) if config is None and described is not None else ([], [])
     whole = load_config(config, [*derived, *overrides])
-    whole = replace(whole, model=replace(whole.model, backbone=replace(whole.model.backbone, weights="none")))
     validate(whole)
+    if config is not None and belongs_to_a_checkpoint(Path(config)):
+        refuse_unasked_code(whole, overrides, Path(config))
+    whole = _without_pretraining(whole)
     classes = Vocabulary.load(vocabulary) if vocabulary is not None else _things(described or {}, source)
     count = check_vocabulary(whole, classes, where=vocabulary or str(source))
     if described is not None and vocabulary is None:
@@ -122,6 +125,13 @@ def write_transformers_folder(model: nn.Module, config: Config, vocabulary: Voca
         save_tensors(tensors, place / _WHOLE[0], {"format": "pt"})
         for name, content in ((_CONFIG_JSON, described), (_PREPROCESSOR_JSON, preprocessor)):
             (place / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_pretraining(config: Config) -> Config:
+    """The backbone's own weights would be overwritten at once."""
+    if config.model.pixel_level.builder is not None:
+        return config
+    return replace(config, model=replace(config.model, backbone=replace(config.model.backbone, weights="none")))
 
 
 def _described(source: Path) -> dict[str, Any] | None:

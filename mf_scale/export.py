@@ -120,6 +120,7 @@ def _export_program(loaded: LoadedModel, folder: Path, format: str, size: tuple[
                 "file": file.name,
                 "step": loaded.step,
                 "images": {"shape": [batch, 3, *size], "dtype": "float32", "values": "RGB, 0 to 255"},
+                "stride": loaded.model.stride,  # of a cell in pixels; the last cells may reach beyond the image
                 "outputs": shapes,
                 "largest_difference": difference,
             }

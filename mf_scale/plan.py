@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from mf_scale.config.consent import belongs_to_a_checkpoint, refuse_unasked_code
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config, ModelConfig
 from mf_scale.config.validate import BatchPlan, plan_batch, validate
@@ -74,6 +76,8 @@ def plan_config(file: str, overrides: Sequence[str], ranks: int) -> Plan:
     """Plan the configuration of `file` with the dot-list `overrides`; raises UserError."""
     config = load_config(file, overrides)
     validate(config)
+    if belongs_to_a_checkpoint(Path(file)):
+        refuse_unasked_code(config, overrides, Path(file))
     parts = count_parts(config, where=file)
     batches, refusal = _batches(config, ranks)
     return Plan(file, config, parts, ranks, batches, refusal, memory_of_a_rank(_sum(parts), config, ranks))

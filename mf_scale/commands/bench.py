@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     import torch
 
-    from mf_scale.bench.loss import Shape, bench_loss
+    from mf_scale.bench.inputs import Shape
+    from mf_scale.bench.loss import bench_loss
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from mf_scale.commands.arguments import OVERRIDES, add_command, count
-from mf_scale.errors import UserError
+from mf_scale.errors import EXIT_USER, UserError
 
 
 def add(commands: Any) -> None:
@@ -28,6 +29,16 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     files = [item for item in items if item not in overrides]
     if not files:
         raise UserError("no configuration file to plan", where="command line", remedy="Name one, or several.")
-    plans = [plan_config(file, overrides, options.processes) for file in files]
-    print(as_json(plans) if options.json else page(plans[0]) if len(plans) == 1 else table(plans))
-    return 0
+    plans, refused = [], []
+    for file in files:
+        try:
+            plans.append(plan_config(file, overrides, options.processes))
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            refused.append(error)
+    if plans:
+        print(as_json(plans) if options.json else page(plans[0]) if len(files) == 1 else table(plans))
+    for refusal in refused:
+        print(f"mf-scale: {refusal}", file=sys.stderr)
+    return EXIT_USER if refused else 0

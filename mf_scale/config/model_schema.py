@@ -24,7 +24,7 @@ class BackboneConfig:
     drop_path: float = 0.0
     """Stochastic depth rate, where the backbone has it (paper: 0.3 for Swin)."""
     multi_grid: list[int] = field(default_factory=list)
-    """Dilations of the 3x3 convolutions in a ResNet's last stage, a block each; empty: none (R101c: 1, 2, 4)."""
+    """Dilations of the 3x3 convolutions in the bottlenecks of a ResNet's last stage; empty: none (R101c: 1, 2, 4)."""
     dropout: float = 0.0
     """Dropout rate of projections and feed-forward parts, where the backbone has them (paper: 0)."""
     attention_dropout: float = 0.0

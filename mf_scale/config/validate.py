@@ -249,6 +249,8 @@ def _pixel_level(config: Config) -> list[str]:
         value = getattr(getattr(model, section), name)
         if value != getattr(getattr(fresh, section), name):
             broken.append(f"model.{section}.{name} = {value} does nothing with model.pixel_level.builder")
+    if model.kind == "per_pixel" and given.memory is not None:
+        broken.append(f"model.pixel_level.memory = {given.memory} does nothing with model.kind = per_pixel")
     if len(given.mean) != 3 or len(given.std) != 3 or min(given.std) <= 0:
         broken.append(f"model.pixel_level.mean = {given.mean}, std = {given.std}: three numbers each, std above 0")
     return broken

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mf_scale.config.load import is_overridden, load_config
+from mf_scale.config.consent import refuse_unasked_code
+from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, validate
-from mf_scale.errors import UserError
 from mf_scale.models.build import build_model
-from mf_scale.models.builder import shown_call
 from mf_scale.models.weights import load_weights
 from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, read_json, resolve_checkpoint
 from mf_scale.vocabulary import Vocabulary
@@ -41,7 +40,7 @@ def load_model(path: str, overrides: Sequence[str], device: torch.device) -> Loa
     run_dir, folder = resolve_checkpoint(path)
     config = load_config(folder / CONFIG, overrides)
     validate(config)
-    _refuse_unasked_code(config, overrides, folder)
+    refuse_unasked_code(config, overrides, folder / CONFIG)
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     classes = check_vocabulary(config, vocabulary, where=str(folder / VOCABULARY))
     bare = replace(config.model, backbone=replace(config.model.backbone, weights="none"))
@@ -49,15 +48,3 @@ def load_model(path: str, overrides: Sequence[str], device: torch.device) -> Loa
     load_weights(model, folder / WEIGHTS)
     step = int(read_json(folder / STATE).get("step", 0))
     return LoadedModel(model.to(device).eval(), config, vocabulary, step, run_dir, folder)
-
-
-def _refuse_unasked_code(config: Config, overrides: Sequence[str], folder: Path) -> None:
-    """A checkpoint is data: the function that its configuration names runs only if the command line names one too."""
-    key, given = "model.pixel_level.builder", config.model.pixel_level
-    if given.builder is not None and not is_overridden(overrides, key):
-        raise UserError(
-            f"this model is built by code that only the checkpoint's own configuration names: it would import and call "
-            f"{shown_call(given)}",
-            where=str(folder / CONFIG),
-            remedy=f"If you trust that call, say so on the command line: {key}={given.builder}",
-        )

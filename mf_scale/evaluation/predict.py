@@ -81,9 +81,9 @@ def predict_images(images: Sequence[str], run: str, out: str, *, task: str, over
         raise refused[0]
     print(f"{len(files) - len(refused)} of {len(files)} images predicted into {folder}")
     if empty:
-        name = "instance_threshold" if task == "instance" else "object_threshold"
-        limit = f"eval.{name}={getattr(loaded.config.eval, name):g}"
-        print(f"no segment is above {limit} in {len(empty)} of them: {', '.join(empty[:5])}")
+        names = ["instance_threshold"] if task == "instance" else ["object_threshold", "overlap_threshold"]
+        limits = ", ".join(f"eval.{name}={getattr(loaded.config.eval, name):g}" for name in names)
+        print(f"no segment was found in {len(empty)} of them ({limits}): {', '.join(empty[:5])}")
     for refusal in refused:
         print(f"mf-scale: {refusal}", file=sys.stderr)
     return EXIT_USER if refused else 0

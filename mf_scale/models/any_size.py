@@ -11,18 +11,22 @@ from torch.nn import functional as F
 from mf_scale.errors import UserError
 
 
-def image_multiple(backbone: nn.Module, strides: Sequence[int], multiple: int, name: str) -> int:
-    """1 if `backbone`, on the meta device, takes any image and rounds sizes up at each stride; else `multiple`.
+def image_multiple(backbone: nn.Module, strides: Sequence[int], multiple: int, own_size: int, name: str) -> int:
+    """1 if `backbone`, on the meta device, takes any image and rounds sizes up at each stride; else `multiple`, else
+    `own_size`, the image it was made for, where it takes multiples of that only (MaxViT, whose grid is of windows).
 
-    UserError where it does not take multiples of that either: it is bound to the image size that it was made for.
+    UserError where it does not take those either: it is bound to one image size.
     """
-    reason = _refusal(backbone, strides, (5 * multiple, 3 * multiple))
-    if reason is not None:
+    reasons = {side: _refusal(backbone, strides, (5 * side, 3 * side)) for side in (multiple, own_size)}
+    fitting = [side for side, reason in reasons.items() if reason is None]
+    if not fitting:
+        reason = reasons[multiple]
         raise UserError(
             f"backbone {name!r} does not take images of any size: {reason}",
             where="model.backbone.name",
             remedy="Take a model that does, such as a ResNet, ConvNeXt, Swin, EfficientNet or ViT.",
         )
+    multiple = fitting[0]
     return 1 if _refusal(backbone, strides, (2 * multiple + 6, multiple + 18)) is None else multiple
 
 

@@ -170,12 +170,14 @@ def _sizes(name: str, classifier: Any, swin: bool) -> dict[str, Any]:
 def _multiple(config: BackboneConfig, options: Mapping[str, Any]) -> int:
     """What image sides are padded to a multiple of; refuses what can be without memory for the network."""
     with torch.device("meta"):
-        outline = _create(config, options, pretrained=False)
+        # In eval mode: a batch norm behind global pooling refuses a single image in training mode.
+        outline = _create(config, options, pretrained=False).eval()
         reductions = outline.feature_info.reduction()
         _refuse_other_strides(config.name, reductions)
         _pad_patches(outline)
         coarsest = PATCH if is_plain(reductions) else STRIDES[-1]
-        return image_multiple(Backbone(outline), STRIDES, coarsest, config.name)
+        own_size = int(outline.pretrained_cfg["input_size"][-1])
+        return image_multiple(Backbone(outline).eval(), STRIDES, coarsest, own_size, config.name)
 
 
 def _pad_patches(net: Any) -> None:
@@ -256,12 +258,13 @@ def _dilate_last_stage(config: BackboneConfig, net: Any) -> None:
     Source: DeepLab's multi-grid, as detectron2 has it at stride 32 (RES5_MULTI_GRID).
     """
     blocks = list(getattr(net, "layer4", []))
-    if len(blocks) != len(config.multi_grid) or not all(hasattr(block, "conv2") for block in blocks):
+    bottlenecks = [b for b in blocks if hasattr(b, "conv3") and type(b.conv2) is nn.Conv2d]
+    if len(blocks) != len(config.multi_grid) or len(bottlenecks) != len(blocks):
         raise UserError(
             f"multi_grid = {config.multi_grid}, but the last stage of {config.name!r} has "
-            + (f"{len(blocks)} blocks" if blocks else "no blocks of a ResNet"),
+            + (f"{len(blocks)} blocks" if bottlenecks else "no bottlenecks of a ResNet"),
             where="model.backbone.multi_grid",
-            remedy="Give one dilation for each block of a ResNet's last stage, or leave it empty.",
+            remedy="Give one dilation for each bottleneck of a ResNet's last stage, or leave it empty.",
         )
     for block, dilation in zip(blocks, config.multi_grid, strict=True):
         # The first block's convolution also strides; detectron2 dilates it like the others.

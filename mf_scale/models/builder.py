@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mf_scale.config.consent import shown_call
 from mf_scale.config.schema import PixelLevelConfig
 from mf_scale.errors import UserError
 
@@ -35,12 +36,6 @@ def build_own(config: PixelLevelConfig) -> nn.Module:
             remedy="Name a function that returns a model which takes images [B,3,H,W].",
         )
     return built
-
-
-def shown_call(config: PixelLevelConfig) -> str:
-    """The call as a person reads it."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in config.kwargs.items())
-    return f"{config.builder}({arguments})"
 
 
 def _function(builder: str) -> Any:

@@ -115,7 +115,7 @@ def _read_torch(file: Path) -> Any:
             where=str(file),
             remedy="Save its state dict alone, best as .safetensors.",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch's unpickler fails on damaged files in many ways; the reason is passed on
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the weights file cannot be read: {first}", where=str(file)) from error
 

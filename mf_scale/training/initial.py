@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,12 +31,25 @@ def initial_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | Non
     """
     source = checkpoint or (resolve_checkpoint(config.train.init_from)[1] if config.train.init_from else None)
     model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
+    _refuse_uneven_crop(model, config)
     if source is None:
         return model, []
     if checkpoint is None and config.train.reinit_head:
         return model, [_load_all_but_class_head(model, source / WEIGHTS, config.model.kind)]
     load_weights(model, source / WEIGHTS)
     return model, []
+
+
+def _refuse_uneven_crop(model: nn.Module, config: Config) -> None:
+    """The loss spreads the model's cells over the crop: a last cell that reaches beyond it would shift all masks."""
+    stride: Any = model.stride
+    if any(side % stride for side in config.data.crop):
+        nearest = [max(stride, round(side / stride) * stride) for side in config.data.crop]
+        raise UserError(
+            f"data.crop = {config.data.crop} is no multiple of the model's stride of {stride} pixels",
+            where="configuration",
+            remedy=f"Take data.crop={nearest}.",
+        )
 
 
 def _bare(config: ModelConfig) -> ModelConfig:

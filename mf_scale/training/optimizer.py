@@ -36,7 +36,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "backbone" if name.startswith("backbone.") else "rest"
+            # The pyramid on a plain ViT is new, like the pixel decoder, though it stands in the backbone.
+            part = "backbone" if name.startswith("backbone.") and not name.startswith("backbone.pyramid.") else "rest"
             groups.setdefault(part if _decays(model, name) else f"{part}/no_decay", []).append(parameter)
     return [_group(name, groups[name], config) for name in sorted(groups)]
 

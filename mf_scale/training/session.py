@@ -19,6 +19,7 @@ from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
+from mf_scale.kernels.choose import choose_kernels
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.terms import StepLoss
 from mf_scale.models.build import serving_kernel
@@ -67,6 +68,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         groups = group_table(optimizer.param_groups)
         if config.model.compile:
             comm.together(lambda: compile_model(model, device))
+        kernels = comm.together(lambda: choose_kernels(config.loss.kernels, device.type, torch.float32))
         engine = Engine(model.to(device), optimizer, config, plan, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             notes = [
@@ -74,6 +76,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
                 *started_with,
                 *getattr(model.backbone, "notes", ()),
                 f"attention: {serving_kernel(config.model.attention, device)}",
+                f"matching and mask loss: {kernels}",
                 groups,
             ]
         state, message = comm.together(lambda: _state(config, index, checkpoint))

@@ -14,7 +14,7 @@ from mf_scale.tracking.metrics import read_metrics
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs/examples/small_fcn_to_masks.yaml"
+CONFIG = ROOT / "docs/examples/small_fcn_to_masks.yaml"
 BUILDER = "model.pixel_level.builder=small_fcn:build"
 SHORT = ["data.crop=[64,64]", "schedule.name=constant", "train.log_every=1", "checkpoint.every_steps=2"]
 SHORT += ["checkpoint.every_minutes=0", "eval.short_side=64", "train.collective_timeout=60", "tracking.wandb=disabled"]
@@ -65,14 +65,18 @@ def test_the_same_model_with_mask_classification_trains_and_resumes(tmp_path: Pa
         assert [r[name] for r in parts] == [r[name] for r in whole], name
 
 
-def test_the_pixel_loss_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path, packed: Path) -> None:
-    """8 at once, and 2 ranks with 2 accumulated micro-batches of 2; without what depends on it by its nature.
+@pytest.mark.parametrize("kind", ["per_pixel", "mask_classification"])
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path, packed: Path, kind: str) -> None:
+    """4 at once, 4 accumulated one by one, and 2 ranks with 2 each; without what depends on it by its nature.
 
     Those are the statistics of norms that are not frozen, and dropout, which is cut away here with the classifier.
     """
-    fixed = ["train.steps=3", "model.backbone.freeze_norm=true", "model.pixel_level.features=classifier.3"]
-    one = _train(tmp_path / "one", packed, "per_pixel", *fixed, "train.micro_batch=8", processes=1)
-    two = _train(tmp_path / "two", packed, "per_pixel", *fixed, "train.micro_batch=2", processes=2)
-    for mine, theirs in zip(one, two, strict=True):
+    fixed = ["train.steps=2", "model.backbone.freeze_norm=true", "model.pixel_level.features=classifier.3"]
+    fixed += ["train.global_batch=4", "data.workers=0", "checkpoint.every_steps=0"]
+    layouts = [
+        _train(tmp_path / f"{ranks}-{micro}", packed, kind, *fixed, f"train.micro_batch={micro}", processes=ranks)
+        for ranks, micro in ((1, 4), (1, 1), (2, 2))
+    ]
+    for steps in zip(*layouts, strict=True):
         for name in ("loss", "grad_norm"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+            assert [s[name] for s in steps[1:]] == pytest.approx([steps[0][name]] * 2, rel=1e-4), name

@@ -74,7 +74,9 @@ def test_multi_grid_dilates_the_last_stage_alone_and_keeps_strides_and_parameter
     plain, dilated = (
         build_backbone(BackboneConfig("resnet26", "none", multi_grid=grid)).eval() for grid in ([], [2, 4])
     )
-    dilated.load_state_dict(plain.state_dict())
+    opened = {n: t + 1 if n.endswith("bn3.weight") else t for n, t in plain.state_dict().items()}  # timm starts at 0
+    for backbone in (plain, dilated):
+        backbone.load_state_dict(opened)
     images = torch.randn(1, 3, 160, 96)
     with torch.no_grad():
         features, wanted = dilated(images), plain(images)
@@ -83,7 +85,11 @@ def test_multi_grid_dilates_the_last_stage_alone_and_keeps_strides_and_parameter
     assert not torch.allclose(features[3], wanted[3])
     net: Any = dilated.net
     assert [block.conv2.dilation for block in net.layer4] == [(2, 2), (4, 4)]
-    for name, grid, words in (("resnet26", [1, 2, 4], "has 2 blocks"), ("convnext_atto", [1], "no blocks of a ResNet")):
+    for name, grid, words in (
+        ("resnet26", [1, 2, 4], "has 2 blocks"),
+        ("resnet18", [2, 4], "no bottlenecks"),
+        ("convnext_atto", [1], "no bottlenecks of a ResNet"),
+    ):
         with pytest.raises(UserError, match=words):
             build_backbone(BackboneConfig(name, "none", multi_grid=grid))
 
@@ -115,7 +121,7 @@ def test_what_a_backbone_does_not_have_is_refused():
     for name, words in {
         "resnt50": "no model 'resnt50'.*resnet50",
         "levit_128": "no features at stride 4, 8, only at",
-        "maxvit_tiny_tf_224": "does not take images of any size",
+        "coatnet_nano_rw_224": "does not take images of any size",
         "beit_base_patch16_224": "does not take images of any size",
     }.items():
         with pytest.raises(UserError, match=words):
@@ -207,3 +213,17 @@ def test_it_compiles_without_a_break_in_the_graph(name):
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(images), backbone(images), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_grid_of_windows_is_padded_to_whole_ones():
+    """MaxViT cuts its maps into windows of 8 cells down to stride 32: multiples of 256 pixels."""
+    backbone = build_backbone(BackboneConfig("maxvit_nano_rw_256", "none")).eval()
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 70, 50))
+    assert backbone.multiple == 256 and [tuple(f.shape[-2:]) for f in features] == [(18, 13), (9, 7), (5, 4), (3, 2)]
+
+
+@pytest.mark.parametrize("name", ["resnest14d", "skresnet18", "rexnet_100"])
+def test_a_batch_norm_behind_global_pooling_is_no_obstacle(name):
+    with torch.device("meta"):
+        assert build_backbone(BackboneConfig(name, "none")).multiple == 1

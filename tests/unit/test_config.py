@@ -31,7 +31,10 @@ def test_base_yaml_is_the_schema_with_every_key() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+CONFIGURATIONS = [path for folder in ("configs", "docs") for path in sorted((ROOT / folder).rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda p: p.name)
 def test_every_config_is_sound_and_short(path: Path) -> None:
     validate(load_config(path))
     if path.name != "base.yaml":

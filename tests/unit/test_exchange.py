@@ -315,3 +315,22 @@ def test_a_bundle_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="Free some space"):
         write_bundle(tmp_path / "second", state, Config(), VOCABULARY, step=7)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_with_a_builder_comes_over_and_only_with_consent(tmp_path: Path) -> None:
+    builder = "tests.segmentation_models:Own"
+    settings = [f"model.pixel_level.builder={builder}", "model.decoder.layers=1", "model.decoder.queries=5"]
+    config = load_config(None, settings)
+    vocabulary = Vocabulary("two", (ClassInfo("a", True, 1), ClassInfo("b", False, 2)))
+    model = build_model(config.model, 2, seed=0)
+    write_bundle(tmp_path / "bundle", model.state_dict(), config, vocabulary, step=3)
+    files = {name: str(tmp_path / "bundle" / name) for name in ("config.yaml", "vocabulary.json")}
+
+    def bring(*overrides: str) -> str:
+        weights, out = tmp_path / "bundle/weights.safetensors", tmp_path / "out"
+        given = {"config": files["config.yaml"], "vocabulary": files["vocabulary.json"]}
+        return import_model(weights, out, **given, overrides=overrides)
+
+    with pytest.raises(UserError, match="only the checkpoint's own configuration names"):
+        bring()
+    assert "0 missing, 0 unexpected" in bring(f"model.pixel_level.builder={builder}")

@@ -255,3 +255,9 @@ def test_the_demo_backbone_carries_them_with_frozen_norms():
         # statistics of these weights, not of another order of them: channels of sane and stable scale at every depth
         assert all(0.3 < float(f.std()) < 10 and f.isfinite().all() for f in features)
         assert float(random(_portrait())[-1].std()) != pytest.approx(float(features[-1].std()), rel=0.2)
+
+
+def test_a_damaged_torch_file_is_one_paragraph(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"\x80\x02.")
+    with pytest.raises(UserError, match=r"cannot be read|more than tensors"):
+        read_weights(tmp_path / "w.pth")

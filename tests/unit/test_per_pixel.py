@@ -124,6 +124,15 @@ def test_semantic_inference_never_holds_all_classes() -> None:
         (["model.kind=per_pixel_plus", "data.task=instance"], "needs data.task = semantic"),
         (["model.pixel_level.features=head"], "model.pixel_level.features = head does nothing without"),
         (["model.pixel_level.kwargs.width=3"], "model.pixel_level.kwargs = .*width.* does nothing without"),
+        (
+            [
+                "model.pixel_level.builder=a:b",
+                "model.pixel_level.memory=c",
+                "model.kind=per_pixel",
+                "data.task=semantic",
+            ],
+            "memory = c does nothing with model.kind = per_pixel",
+        ),
         (["model.pixel_level.builder=a:b", "model.backbone.name=resnet18"], "model.backbone.name = resnet18 does noth"),
         (["model.pixel_level.builder=a:b", "model.backbone.weights=none"], "model.backbone.weights = none does noth"),
         (["model.pixel_level.builder=a:b", "model.pixel_decoder.encoder_layers=6"], "encoder_layers = 6 does nothing"),

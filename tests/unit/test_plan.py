@@ -176,3 +176,28 @@ def test_a_model_that_wants_memory_is_refused_with_its_reason(
     said = capsys.readouterr().err
     assert "cannot be counted on torch's meta device: RuntimeError Tensor.item() cannot" in said
     assert R50 in said and "second line" not in said
+
+
+def test_one_that_cannot_be_planned_does_not_hide_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text("model: {backbone: {name: resnt50}}\n")
+    files = ["configs/ade20k_150/per_pixel_resnet50.yaml", str(tmp_path / "bad.yaml")]
+    assert main(["plan", *files, "model.num_classes=5"]) == 2
+    printed = capsys.readouterr()
+    assert "per_pixel_resnet50" in printed.out and "resnt50" in printed.err
+
+
+@pytest.mark.parametrize("beside", ["manifest.json", "metrics.jsonl", "checkpoints"])
+def test_code_that_only_a_checkpoint_names_is_not_run(
+    beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint is data, and `plan` builds the model."""
+    (tmp_path / beside).mkdir() if beside == "checkpoints" else (tmp_path / beside).write_text("{}")
+    victim = tmp_path / "ran"
+    call = f"pixel_level: {{builder: 'os:mkdir', kwargs: {{path: '{victim}'}}}}"
+    (tmp_path / "config.yaml").write_text(f"model: {{num_classes: 5, {call}}}\n")
+    assert main(["plan", str(tmp_path / "config.yaml")]) == 2
+    assert "os:mkdir" in capsys.readouterr().err and not victim.exists()
+    assert main(["plan", str(tmp_path / "config.yaml"), "model.pixel_level.builder=os:mkdir"]) == 2
+    assert victim.exists(), "asked for by name it is called (and returns no model)"

@@ -20,6 +20,7 @@ from mf_scale.errors import UserError
 from mf_scale.models.build import build_model
 from mf_scale.rundir import WEIGHTS, RunDir
 from mf_scale.training.initial import CLASS_HEADS, initial_model
+from mf_scale.training.optimizer import parameter_groups
 from mf_scale.training.preflight import examine, segment_counts
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 from tests.unit.painted import VOCABULARY_4, painted_config, painted_source, write_checkpoint
@@ -175,3 +176,24 @@ def test_options_that_do_nothing_or_contradict_are_refused() -> None:
     config.model.num_classes = 6
     with pytest.raises(UserError, match=r"model\.num_classes = 6, but vocabulary 'painted' has 4 .*--reinit-head"):
         check_vocabulary(config, VOCABULARY_4, where="here")
+
+
+@pytest.mark.parametrize("crop", [[66, 64], [64, 97]])
+def test_a_crop_that_the_stride_does_not_divide_is_refused(index, crop):
+    """The loss spreads the cells over the crop: the masks would be trained up to a cell's width beside their places."""
+    config = _config(index)
+    config.data.crop = crop
+    with pytest.raises(
+        UserError, match=r"no multiple of the model's stride of 4 pixels.*Take data\.crop=\[64, 64|96\]"
+    ):
+        initial_model(config, VOCABULARY_4, None)
+
+
+def test_the_new_pyramid_on_a_vit_trains_at_the_full_rate():
+    config = _config()
+    config.model.backbone = replace(config.model.backbone, name="vit_tiny_patch16_224", weights="none")
+    model = build_model(config.model, 4, seed=0)
+    of_backbone = next(g for g in parameter_groups(model, config.optimizer) if g["name"] == "backbone")
+    numbers = {id(p) for p in of_backbone["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in numbers}
+    assert names and all(name.startswith("backbone.net.") for name in names)
