@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE, Batch
+from mf_scale.kernels.choose import why_not
 from mf_scale.models.outputs import LayerPrediction, MaskPrediction, PixelPrediction
 
 CLASSES = 7
@@ -116,3 +118,15 @@ def pixel_part(prediction: PixelPrediction, start: int, stop: int) -> PixelPredi
     aux = tuple(embeddings[start:stop] for embeddings in prediction.aux)
     last, pixels = prediction.class_embeddings[start:stop], prediction.pixel_embeddings[start:stop]
     return PixelPrediction(last, pixels, prediction.bias, aux)
+
+
+def skip_without(kernels: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skip the test where these kernels cannot run on the CPU."""
+    reason = why_not(kernels, "cpu", dtype)
+    if reason is not None:
+        pytest.skip(f"no {kernels} kernels here: {reason}")
+
+
+def as_embeddings(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask and pixel embeddings whose product is `logits` [B,P,h,w]: the identity, without gradient, and they."""
+    return torch.eye(logits.shape[1], dtype=logits.dtype).expand(len(logits), -1, -1), logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,29 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_scale.bench.contestants import Contestant, contestants, dense_targets, leaf_copy
+from mf_scale.bench import floor
+from mf_scale.bench.contestants import Contestant, contestants, leaf_copy, leaves, plain, value_and_gradients
+from mf_scale.bench.inputs import Shape, make_inputs
+from mf_scale.bench.launches import count_launches, count_syncs
 from mf_scale.bench.memory import peak_over_inputs
-from mf_scale.data.batch import Batch
+from mf_scale.bench.table import table
 from mf_scale.errors import UserError
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import MaskPrediction
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What is measured; the defaults are those of the published comparison on a CPU."""
-
-    images: int = 2
-    queries: int = 100
-    segments: int = 15
-    """Of each image."""
-    cells: int = 128
-    """h and w, of the mask logits."""
-    size: int = 512
-    """H and W, of the segment map."""
-    layers: int = 6
-    """Supervised decoder layers."""
-    channels: int = 256
-    classes: int = 150
+SMALL = Shape(images=2, queries=12, segments=5, cells=12, size=48, layers=3, channels=16, classes=9)
+"""Where the plain reference in fp64 is the truth: it takes seconds a picture at the size of training."""
 
 
 def bench_loss(shape: Shape, *, repeats: int, reference: bool, json_file: str | None) -> str:
@@ -43,68 +31,55 @@ def bench_loss(shape: Shape, *, repeats: int, reference: bool, json_file: str | 
     _check(shape, repeats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prediction, batch = make_inputs(shape, device)
-    found, absent = contestants(shape.classes, shape.queries, device, reference=reference)
-    dense_targets(batch)
+    found, absent = contestants(shape.classes, shape.queries, batch, reference=reference)
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(repeats + 1):  # alternating; the first round warms up and is left out
-        rounds.append({c.name: _times(c, prediction, batch, device) for c in found})
+        rounds.append({c.name: _times(c, prediction, device) for c in found})
     results: dict[str, dict[str, Any]] = {}
-    truth = _values(found[0], prediction, batch)
     for c in found:
         stages = {stage: median(r[c.name][stage] for r in rounds[1:]) for stage in rounds[0][c.name]}
-        work = _work(c, prediction, batch)
-        results[c.name] = {
-            **stages,
-            "peak_mib": median(peak_over_inputs(work, device) for _ in range(3)),
-            **_differences(_values(c, prediction, batch), truth),
-        }
+        work = _work(c, prediction)
+        results[c.name] = {**stages, "peak_mib": median(peak_over_inputs(work, device) for _ in range(3))}
+        if device.type == "cuda":
+            results[c.name] |= {"launches": count_launches(work), "syncs": count_syncs(work)}
+    truth = _agreement(found, prediction, results)
+    _agreement_on_a_small_shape(device, results, reference=reference)
+    _ratios(results)
     summary = {
         "shape": asdict(shape),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "repeats": repeats,
+        "truth": truth,
+        "small_shape": asdict(SMALL),
         "absent": absent,
         "results": results,
     }
+    if device.type == "cuda":
+        summary["floor"] = _against_the_floor(shape, device, results)
     if json_file is not None:
         _write(Path(json_file), json.dumps(summary, indent=1))
-    return _table(summary)
+    return table(summary)
 
 
-def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> tuple[MaskPrediction, Batch]:
-    """A random prediction whose mask logits have a spread of about 3, and maps of patches, one segment each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(sizes, generator=generator) * scale).to(device)
-
-    B, Q, C, T = shape.images, shape.queries, shape.channels, shape.segments
-    layers = [
-        LayerPrediction(normal(B, Q, shape.classes + 1), normal(B, Q, C, scale=3 / C**0.5)) for _ in range(shape.layers)
-    ]
-    pixels = normal(B, C, shape.cells, shape.cells)
-    grid = max(2, round((2 * T) ** 0.5))
-    patches = torch.randint(0, max(T, 1), (B, 1, grid, grid), generator=generator)
-    patches.view(B, -1)[:, :T] = torch.arange(T)[: grid * grid]
-    places = torch.arange(shape.size) * grid // shape.size
-    segment_map = (patches if T else patches - 1)[..., places[:, None], places].to(torch.int16).to(device)
-    labels = torch.randint(0, shape.classes, (B, T), generator=generator).to(device)
-    images = torch.zeros(B, 3, 1, 1, dtype=torch.uint8, device=device)
-    batch = Batch(images, segment_map, labels, torch.zeros_like(labels), [f"image-{b}" for b in range(B)])
-    last = layers[-1]
-    return MaskPrediction(last.class_logits, last.mask_embeddings, pixels, tuple(layers[:-1])), batch
-
-
-def _times(contestant: Contestant, prediction: MaskPrediction, batch: Batch, device: torch.device) -> dict[str, float]:
-    """Milliseconds of the matching alone (in the forward again), of the forward and of the backward."""
+def _times(contestant: Contestant, prediction: MaskPrediction, device: torch.device) -> dict[str, float]:
+    """Milliseconds by stage, each waited for; the forward as a whole, which waits only once; the backward."""
     times = {}
-    if contestant.matching is not None:
+    if contestant.stages is not None:
+        parts, own = contestant.stages, leaf_copy(prediction)
+        times["cost_ms"], cost = _timed(lambda: parts.cost(own), device)
+        times["solve_ms"], pairs = _timed(lambda: parts.solve(cost), device)
+        times["loss_ms"], _ = _timed(lambda: parts.loss(own, pairs), device)
+        del cost, pairs
+    elif contestant.matching is not None:
         matching = contestant.matching
-        times["matching_ms"], _ = _timed(lambda: matching(prediction, batch), device)
-    leaves = leaf_copy(prediction)
-    times["forward_ms"], total = _timed(lambda: contestant.loss(leaves, batch), device)
-    times["backward_ms"], _ = _timed(total.backward, device)
+        times["matching_ms"], _ = _timed(lambda: matching(prediction), device)
+    own = leaf_copy(prediction)
+    times["forward_ms"], total = _timed(lambda: contestant.loss(own), device)
+    times["backward_ms"], _ = _timed(lambda: torch.autograd.grad(total, leaves(own)), device)
     times["total_ms"] = times["forward_ms"] + times["backward_ms"]
+    if contestant.stages is not None:
+        times["without_solve_ms"] = times["cost_ms"] + times["loss_ms"] + times["backward_ms"]
     return times
 
 
@@ -118,60 +93,66 @@ def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def _work(contestant: Contestant, prediction: MaskPrediction, batch: Batch) -> Callable[[], None]:
-    leaves = leaf_copy(prediction)
-    for tensor in _leaves(leaves):
-        tensor.grad = torch.zeros_like(tensor)  # the gradients of the inputs are inputs too, written before the measure
-
-    def work() -> None:
-        contestant.loss(leaves, batch).backward()
-
-    return work
+def _work(contestant: Contestant, prediction: MaskPrediction) -> Callable[[], None]:
+    """Forward and backward that add to gradients made before: they are as large as the inputs, and inputs too."""
+    own = leaf_copy(prediction)
+    for tensor in leaves(own):
+        tensor.grad = torch.zeros_like(tensor)
+    return lambda: contestant.loss(own).backward()
 
 
-def _leaves(prediction: MaskPrediction) -> list[Tensor]:
-    by_layer = [tensor for x in prediction.layers() for tensor in (x.class_logits, x.mask_embeddings)]
-    return [*by_layer, prediction.pixel_embeddings]
+def _agreement(found: list[Contestant], prediction: MaskPrediction, results: dict[str, dict[str, Any]]) -> str:
+    """Differences on the measured shape, to the peer or, where it is absent, to eager; its name."""
+    (eager,) = (c for c in found if c.name == "mf_scale eager")
+    truth = next((c for c in found if c.name == "transformers"), eager)
+    wanted = value_and_gradients(truth, prediction)
+    for c in found:
+        results[c.name] |= differences(value_and_gradients(c, prediction), wanted)
+    return truth.name
 
 
-def _values(contestant: Contestant, prediction: MaskPrediction, batch: Batch) -> tuple[float, list[Tensor]]:
-    leaves = leaf_copy(prediction)
-    total = contestant.loss(leaves, batch)
-    return float(total.detach()), list(torch.autograd.grad(total, _leaves(leaves)))
+def _agreement_on_a_small_shape(device: torch.device, results: dict[str, dict[str, Any]], *, reference: bool) -> None:
+    """Differences to the plain reference in fp64."""
+    prediction, batch = make_inputs(SMALL, device)
+    sizes = (SMALL.classes, SMALL.queries, batch)
+    wanted = value_and_gradients(plain(*sizes), prediction, torch.float64)
+    for c in contestants(*sizes, reference=reference)[0]:
+        results[c.name]["small"] = differences(value_and_gradients(c, prediction), wanted)
 
 
-def _differences(got: tuple[float, list[Tensor]], wanted: tuple[float, list[Tensor]]) -> dict[str, float]:
+def differences(got: tuple[float, list[Tensor]], wanted: tuple[float, list[Tensor]]) -> dict[str, float]:
     """Relative difference of the loss, and the largest one of any gradient over that gradient's maximum."""
     gradients = [
         float((g - w).abs().max() / w.abs().max().clamp(min=1e-30)) for g, w in zip(got[1], wanted[1], strict=True)
     ]
-    return {"loss": got[0], "loss_difference": abs(got[0] / wanted[0] - 1), "gradient_difference": max(gradients)}
+    return {
+        "loss": got[0],
+        "loss_difference": abs(got[0] / wanted[0] - 1),
+        "gradient_difference": max(gradients, default=0.0),
+    }
 
 
-def _table(summary: dict[str, Any]) -> str:
-    results = summary["results"]
+def _ratios(results: dict[str, dict[str, Any]]) -> None:
+    """How many times faster and smaller than the peer, where it is there."""
     peer = results.get("transformers")
-    shape = summary["shape"]
-    lines = [
-        f"{shape['images']} images, {shape['queries']} queries, {shape['segments']} segments, "
-        f"{shape['cells']}->{shape['size']}, {shape['layers']} layers, from the embeddings · {summary['device']} · "
-        f"median of {summary['repeats']}",
-        f"{'':<18}{'matching':>10}{'forward':>10}{'backward':>10}{'total ms':>10}{'peak MiB':>10}"
-        f"{'faster':>9}{'smaller':>9}{'loss off':>10}{'grad off':>10}",
-    ]
-    for name, r in results.items():
-        matching = f"{r['matching_ms']:.1f}" if "matching_ms" in r else "-"
-        faster = f"{peer['total_ms'] / r['total_ms']:.1f}x" if peer else "-"
-        smaller = f"{peer['peak_mib'] / r['peak_mib']:.1f}x" if peer and r["peak_mib"] else "-"
-        lines.append(
-            f"{name:<18}{matching:>10}{r['forward_ms']:>10.1f}{r['backward_ms']:>10.1f}{r['total_ms']:>10.1f}"
-            f"{r['peak_mib']:>10.1f}{faster:>9}{smaller:>9}{r['loss_difference']:>10.1e}"
-            f"{r['gradient_difference']:>10.1e}"
-        )
-    lines.append("forward contains the matching; faster and smaller: against transformers; off: against the first row")
-    if summary["absent"]:
-        lines.append(f"not measured: {summary['absent']}")
-    return "\n".join(lines)
+    for r in results.values() if peer else ():
+        r["faster"] = peer["total_ms"] / r["total_ms"]  # type: ignore[index]
+        r["smaller"] = peer["peak_mib"] / r["peak_mib"] if r["peak_mib"] else None  # type: ignore[index]
+
+
+def _against_the_floor(shape: Shape, device: torch.device, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What this device needs at the least, by its own rates; adds the achieved fraction to the results in stages."""
+    sizes = {name: value for name, value in asdict(shape).items() if name != "classes"}
+    todo = floor.work(**sizes)
+    try:
+        ceilings = floor.measure_ceilings(device)
+    except Exception as error:  # no run-time compiler, too little memory: the rest of the table stands
+        return {**todo._asdict(), "absent": f"{type(error).__name__} {' '.join(str(error).split())[:200]}"}
+    least = floor.floor_ms(todo, ceilings)
+    for r in results.values():
+        if "without_solve_ms" in r:
+            r["of_floor"] = floor.achieved(least, r["without_solve_ms"])
+    return {**todo._asdict(), **ceilings._asdict(), "floor_ms": least}
 
 
 def _check(shape: Shape, repeats: int) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mf_scale.data.batch import IGNORE
 from mf_scale.kernels.settings import Settings
+from mf_scale.kernels.targets import checked_targets
 
 _CHUNK_PIXELS = {"cpu": 2**18, "cuda": 2**24}
 """Pixels worked on at once: what stays in a CPU's cache, what fills a GPU."""
@@ -30,9 +31,10 @@ def mask_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Focal and dice loss [B,P] of logits [B,P,h,w], and the gradient [B,P,h,w] of their weighted sum.
 
-    `segment_map` [B,L,H,W]; `segments`, `layers` [B,P]; `counts` [B]: pairs behind it give zeros. Reads `counts` on the
-    host.
+    `segment_map` [B,L,H,W] int16, or uint8 with the same values modulo 256 for T <= 254; `segments`, `layers` [B,P];
+    `counts` [B]: pairs behind it give zeros. Reads `counts` on the host. Raises ValueError for what does not fit.
     """
+    segment_map, segments, layers, counts = checked_targets(logits, segment_map, segments, layers, counts)
     focal, dice = logits.new_zeros(segments.shape), logits.new_zeros(segments.shape)
     gradient = torch.zeros_like(logits) if want_gradient else None
     rows = interpolation(logits.shape[2], segment_map.shape[2], logits)
@@ -93,10 +95,11 @@ def interpolation(short: int, long: int, like: Tensor) -> Tensor:
     """The matrix [long,short] of linear interpolation (align_corners False); two of them make the bilinear one.
 
     As products, upsampling is twice as fast on a CPU as torch's operator and its transpose ten times, and the
-    transpose adds up in a fixed order on a GPU.
+    transpose adds up in a fixed order on a GPU. Positions are computed in fp64: at odd ratios their rounding in fp32
+    is the largest error of the whole loss.
     """
-    identity = torch.eye(short, dtype=like.dtype, device=like.device)[None]
-    return F.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T
+    identity = torch.eye(short, dtype=torch.float64, device=like.device)[None]
+    return F.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T.to(like.dtype)
 
 
 def _chunks(count: int, pixels: int, device_type: str) -> Iterator[slice]:

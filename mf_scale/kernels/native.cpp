@@ -66,14 +66,15 @@ struct Axis {
     int width = 1;
 
     Axis(int cells, int size) : low(size), high(size), weight(size), first(cells, 0) {
-        const float scale = static_cast<float>(cells) / static_cast<float>(size);
+        // In double: at odd ratios the position's rounding is the largest error of the whole loss.
+        const double scale = static_cast<double>(cells) / size;
         std::vector<int> last(cells, -1);
         std::fill(first.begin(), first.end(), size);
         for (int i = 0; i < size; ++i) {
-            const float centre = std::max(0.0f, scale * (static_cast<float>(i) + 0.5f) - 0.5f);
+            const double centre = std::max(0.0, scale * (i + 0.5) - 0.5);
             low[i] = std::min(static_cast<int>(centre), cells - 1);
             high[i] = std::min(low[i] + 1, cells - 1);
-            weight[i] = std::min(1.0f, centre - static_cast<float>(low[i]));
+            weight[i] = static_cast<float>(std::min(1.0, centre - low[i]));
             for (int cell : {low[i], high[i]}) {
                 first[cell] = std::min(first[cell], i);
                 last[cell] = std::max(last[cell], i);
@@ -240,18 +241,30 @@ void one_pair(const Loss& loss, const Axis& rows, const Axis& columns, const flo
     }
 }
 
+// 0, or 1 when there was no memory for a task: nothing may be thrown into the caller, who is not C++.
 template <typename Task>
-void deal(int tasks, int threads, Task task) {
+int deal(int tasks, int threads, Task task) {
     threads = std::max(1, std::min(threads, tasks));
     std::atomic<int> next{0};
-    auto work = [&] {
-        auto own = task();
-        for (int i = next++; i < tasks; i = next++) own(i);
+    std::atomic<bool> failed{false};
+    auto work = [&]() noexcept {
+        try {
+            auto own = task();
+            for (int i = next++; i < tasks; i = next++) own(i);
+        } catch (...) {
+            failed = true;
+        }
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    try {
+        others.reserve(static_cast<size_t>(threads));
+        for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    } catch (...) {
+        // The system gives no more threads: fewer do the same work.
+    }
     work();
     for (auto& other : others) other.join();
+    return failed;
 }
 
 using PairKernel = decltype(&one_pair<2, false, false>);
@@ -269,7 +282,7 @@ constexpr int COLUMNS = 64;
 
 template <int GAMMA>
 void sum_columns(const float* logits, int pixels, int stride, int columns, const int16_t* maps, int64_t layer_stride,
-                 int L, int T, float alpha, float gamma, int exclude, int64_t N, int first, double* inside_focal,
+                 const int64_t* segment_layer, int L, int T, float alpha, float gamma, int exclude, int64_t N, int first, double* inside_focal,
                  double* inside_mass, double* outside, double* mass, std::vector<float>& block,
                  std::vector<int>& touched, std::vector<char>& is_touched) {
     float D[COLUMNS], S[COLUMNS], F0[COLUMNS], M[COLUMNS];
@@ -279,8 +292,14 @@ void sum_columns(const float* logits, int pixels, int stride, int columns, const
         std::fill(M, M + COLUMNS, 0.0f);
         touched.clear();
         for (int p = start; p < stop; ++p) {
-            if (exclude && maps[p] == IGNORED) continue;
             const float* row = logits + static_cast<size_t>(p) * stride;
+            if (exclude && maps[p] == IGNORED) {
+                for (int q = 0; q < columns; ++q) {  // a logit that is not finite is not hidden
+                    F0[q] += 0.0f * row[q];
+                    M[q] += 0.0f * row[q];
+                }
+                continue;
+            }
 #pragma omp simd
             for (int q = 0; q < columns; ++q) {
                 const float x = row[q], e = exp_minus(std::fabs(x)), r = 1.0f / (1.0f + e);
@@ -295,7 +314,7 @@ void sum_columns(const float* logits, int pixels, int stride, int columns, const
             }
             for (int layer = 0; layer < L; ++layer) {
                 const int segment = maps[layer * layer_stride + p];
-                if (segment < 0 || segment >= T) continue;
+                if (segment < 0 || segment >= T || segment_layer[segment] != layer) continue;
                 float* sums = block.data() + static_cast<size_t>(segment) * 2 * COLUMNS;
                 if (!is_touched[segment]) {
                     is_touched[segment] = 1;
@@ -329,16 +348,18 @@ void sum_columns(const float* logits, int pixels, int stride, int columns, const
 
 extern "C" {
 
+// Both functions return 0, or 1 for want of memory.
+
 // logits, gradient (or null) [B,P,h,w]; map [B,L,H,W]; segments, layers [B,P]; counts [B]; focal, dice [B,P], zeroed.
-void mf_mask_loss(const float* logits, const int16_t* map, const int64_t* segments, const int64_t* layers,
-                  const int64_t* counts, float* focal, float* dice, float* gradient, int B, int P, int h, int w, int L,
-                  int H, int W, float focal_weight, float dice_weight, float alpha, float gamma, int exclude,
-                  int threads) {
+int mf_mask_loss(const float* logits, const int16_t* map, const int64_t* segments, const int64_t* layers,
+                 const int64_t* counts, float* focal, float* dice, float* gradient, int B, int P, int h, int w, int L,
+                 int H, int W, float focal_weight, float dice_weight, float alpha, float gamma, int exclude,
+                 int threads) try {
     const Loss loss{P, h, w, L, H, W, focal_weight, dice_weight, alpha, gamma, exclude};
     const Axis rows(h, H), columns(w, W);
     const PairKernel kernel = pick(gamma == 2.0f, exclude != 0, gradient != nullptr);
     const size_t plane = static_cast<size_t>(H) * W, cells = static_cast<size_t>(h) * w;
-    deal(B * P, threads, [&] {
+    return deal(B * P, threads, [&] {
         return [&, work = Workspace(loss, columns)](int pair) mutable {
             const int image = pair / P;
             if (pair % P >= counts[image]) return;  // padding
@@ -348,22 +369,27 @@ void mf_mask_loss(const float* logits, const int16_t* map, const int64_t* segmen
                    gradient ? gradient + pair * cells : nullptr, work);
         };
     });
+} catch (...) {
+    return 1;
 }
 
 // Adds to the sums of one image: logits [pixels,N], maps: L planes of which pixels are read from `maps` on,
-// layer_stride apart. inside_* [T,N], outside and mass [N], all double.
-void mf_pair_sums(const float* logits, int pixels, int64_t N, const int16_t* maps, int64_t layer_stride, int L, int T,
-                  float alpha, float gamma, int exclude, double* inside_focal, double* inside_mass, double* outside,
-                  double* mass, int threads) {
+// layer_stride apart; segment_layer [T]: a segment is counted in its own plane alone. inside_* [T,N], outside and
+// mass [N], all double.
+int mf_pair_sums(const float* logits, int pixels, int64_t N, const int16_t* maps, int64_t layer_stride,
+                 const int64_t* segment_layer, int L, int T, float alpha, float gamma, int exclude,
+                 double* inside_focal, double* inside_mass, double* outside, double* mass, int threads) try {
     const int tiles = static_cast<int>((N + COLUMNS - 1) / COLUMNS);
-    deal(tiles, threads, [&] {
+    return deal(tiles, threads, [&] {
         return [&, block = std::vector<float>(static_cast<size_t>(std::max(T, 1)) * 2 * COLUMNS),
                 touched = std::vector<int>(), is_touched = std::vector<char>(std::max(T, 1), 0)](int tile) mutable {
             const int first = tile * COLUMNS, columns = static_cast<int>(std::min<int64_t>(COLUMNS, N - first));
             const auto kernel = gamma == 2.0f ? sum_columns<2> : sum_columns<0>;
-            kernel(logits + first, pixels, static_cast<int>(N), columns, maps, layer_stride, L, T, alpha, gamma, exclude,
-                   N, first, inside_focal, inside_mass, outside, mass, block, touched, is_touched);
+            kernel(logits + first, pixels, static_cast<int>(N), columns, maps, layer_stride, segment_layer, L, T, alpha,
+                   gamma, exclude, N, first, inside_focal, inside_mass, outside, mass, block, touched, is_touched);
         };
     });
+} catch (...) {
+    return 1;
 }
 }

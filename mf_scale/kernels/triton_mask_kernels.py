@@ -38,7 +38,7 @@ def _lane(lane, b, segments, layers, counts, segment_map, P, w, L, H, W):
     pair, c = lane // (w + 1), lane % (w + 1)
     real = pair < tl.load(counts + b)
     segment = tl.load(segments + b * P + pair, mask=real, other=0).to(tl.int32)
-    layer = tl.minimum(tl.load(layers + b * P + pair, mask=real, other=0), L - 1)
+    layer = tl.maximum(tl.minimum(tl.load(layers + b * P + pair, mask=real, other=0), L - 1), 0)
     first = _first(c, w, W)
     columns = tl.where(real, _first(c + 1, w, W) - first, 0)
     image = segment_map + (b * L).to(tl.int64) * H * W + first

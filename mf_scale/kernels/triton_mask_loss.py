@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mf_scale.data.batch import IGNORE
 from mf_scale.kernels.settings import Settings
+from mf_scale.kernels.targets import check_shapes
 
 _LANES = 128
 _BLOCKS_WANTED = 2048
@@ -43,12 +44,16 @@ def mask_loss(
     """Focal and dice loss [B,P] in fp32, and the gradient [B,P,h,w] in fp32 of their weighted sum.
 
     `logits` [B,P,h,w] fp32, bf16 or fp16; `segment_map` [B,L,H,W] int16, or uint8 with the same values modulo 256
-    (NONE 255, IGNORE 254, so for T <= 254 only); `segments`, `layers` int64 [B,P]; `counts` int64 [B]: pairs behind it
-    give zeros. Any ratio of H, W to h, w. Source: MaskFormer section 3.3; eager.mask_loss computes the same.
+    (NONE 255, IGNORE 254); `segments`, `layers` [B,P]; `counts` [B]: pairs behind it give zeros. Any ratio of H, W to
+    h, w. Raises ValueError for what does not fit. Source: MaskFormer section 3.3; eager.mask_loss computes the same.
+
+    A map of bytes serves T <= 254 only and T is not known here: reading `segments` would wait for the GPU. The matching
+    cost, which comes first and knows T, refuses the others.
     """
     from mf_scale.kernels import triton_common
     from mf_scale.kernels import triton_mask_kernels as kernels
 
+    check_shapes(logits, segment_map, segments, layers, counts)
     logits, segment_map = logits.contiguous(), segment_map.contiguous()
     segments, layers, counts = segments.contiguous(), layers.contiguous(), counts.contiguous()
     (B, P, h, w), (L, H, W) = logits.shape, segment_map.shape[1:]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import NO_LABEL, Batch
+from mf_scale.kernels.mask_loss import wide
 from mf_scale.losses.mask_loss import MaskLoss, mask_loss
 from mf_scale.losses.terms import LossTerms
 from mf_scale.matching.cost import pairwise_cost
@@ -73,40 +74,43 @@ class Criterion:
 
         Raises GuardError for a non-finite matching cost under the policy strict.
         """
-        cost = pairwise_cost(prediction, batch, self.matching, self.loss)
-        pairs = match(cost, batch, self.matching.nonfinite)
-        num_masks = max(1.0, normalisers.num_masks)
         with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
             stacked = prediction.stacked()
-            by_class = self._class_loss(stacked.class_logits, batch, pairs) / normalisers.class_weight
-            masks = self._mask_loss(stacked, prediction.pixel_embeddings, batch, pairs)
-        total = self.loss.class_weight * by_class + masks.total / num_masks
+        cost = pairwise_cost(prediction, batch, self.matching, self.loss, stacked)
+        return self.of_pairs(prediction, stacked, batch, match(cost, batch, self.matching.nonfinite), normalisers)
+
+    def of_pairs(
+        self,
+        prediction: MaskPrediction,
+        stacked: LayerPrediction,
+        batch: Batch,
+        pairs: Matching,
+        normalisers: Normalisers,
+    ) -> LossTerms:
+        """The same for queries that are matched already; `stacked` are the prediction's layers."""
+        per_mask = 1 / max(1.0, normalisers.num_masks)
+        with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
+            by_class = self._class_loss(stacked.class_logits, pairs, self.loss.class_weight / normalisers.class_weight)
+            masks = self._mask_loss(stacked.mask_embeddings, prediction.pixel_embeddings, batch, pairs)
+        total = torch.add(by_class, masks.total, alpha=per_mask)
         terms = {
-            "class": self.loss.class_weight * by_class.detach(),
-            "focal": self.loss.focal_weight * masks.focal.sum() / num_masks,
-            "dice": self.loss.dice_weight * masks.dice.sum() / num_masks,
+            "class": by_class.detach(),
+            "focal": self.loss.focal_weight * per_mask * masks.focal.sum(),
+            "dice": self.loss.dice_weight * per_mask * masks.dice.sum(),
         }
         return LossTerms(total, terms, {"matched": pairs.matched, "surplus": pairs.surplus}, pairs.nonfinite)
 
-    def _class_loss(self, class_logits: Tensor, batch: Batch, pairs: Matching) -> Tensor:
-        """Sum over images, layers and queries of the weighted cross-entropy; class_logits [B,S,Q,K+1]."""
-        flat = _wide(class_logits.flatten(1, 2))
-        targets = flat.new_full((len(flat), flat.shape[1] + 1), self.num_classes, dtype=torch.int64)
-        labels = F.pad(batch.labels, (0, 1)).gather(1, pairs.segments)
-        targets = targets.scatter(1, pairs.slots, labels)[:, :-1]  # padding pairs wrote into the last column
-        weight = flat.new_ones(self.num_classes + 1)
-        weight[-1] = self.loss.no_object_weight
-        return F.cross_entropy(flat.flatten(0, 1), targets.flatten(), weight, reduction="sum")
+    def _class_loss(self, class_logits: Tensor, pairs: Matching, scale: float) -> Tensor:
+        """Sum over images, layers and queries of the weighted cross-entropy times `scale`; class_logits [B,S,Q,K+1]."""
+        logits = wide(class_logits.flatten(0, 2))
+        targets = pairs.labels.flatten().remainder(self.num_classes + 1)  # NO_LABEL is -1 and becomes K, no-object
+        weight = logits.new_full((self.num_classes + 1,), scale)
+        weight[-1] = scale * self.loss.no_object_weight
+        return F.cross_entropy(logits, targets, weight, reduction="sum")
 
-    def _mask_loss(self, stacked: LayerPrediction, pixel_embeddings: Tensor, batch: Batch, pairs: Matching) -> MaskLoss:
-        """The second product: logits [B,P,h,w] of the matched queries only."""
-        embeddings = stacked.mask_embeddings.flatten(1, 2)
-        slots = pairs.slots.clamp(max=embeddings.shape[1] - 1)
-        image = torch.arange(len(slots), device=slots.device)[:, None]
-        logits = torch.einsum("bpc,bchw->bphw", _wide(embeddings[image, slots]), _wide(pixel_embeddings))
-        layers = F.pad(batch.segment_layer, (0, 1)).gather(1, pairs.segments)
-        return mask_loss(logits, batch.segment_map, pairs.segments, layers, pairs.counts, self.loss)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    def _mask_loss(self, mask_embeddings: Tensor, pixel_embeddings: Tensor, batch: Batch, pairs: Matching) -> MaskLoss:
+        """The second product, for the matched queries only; mask_embeddings [B,S,Q,C]."""
+        # Its backward is one addition on a GPU too; only padding pairs share a slot, with zeros, so no order matters.
+        matched = mask_embeddings.flatten(0, 2).index_select(0, pairs.slots.flatten()).unflatten(0, pairs.slots.shape)
+        segments = (batch.segment_map, pairs.segments, pairs.layers, pairs.counts)
+        return mask_loss(matched, pixel_embeddings, *segments, self.loss, batch.keys)

@@ -5,6 +5,7 @@ What is kept for backward is one gradient at prediction resolution; nothing of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mf_scale.config.schema import LossConfig
 from mf_scale.kernels import mask_loss as operator
 from mf_scale.kernels.choose import choose_kernels
+from mf_scale.kernels.mask_loss import wide, wide_dtype
 from mf_scale.losses.point_loss import point_losses
 
 
@@ -28,21 +30,32 @@ class MaskLoss(NamedTuple):
 
 
 def mask_loss(
-    logits: Tensor, segment_map: Tensor, segments: Tensor, layers: Tensor, counts: Tensor, config: LossConfig
+    mask_embeddings: Tensor,
+    pixel_embeddings: Tensor,
+    segment_map: Tensor,
+    segments: Tensor,
+    layers: Tensor,
+    counts: Tensor,
+    config: LossConfig,
+    keys: Sequence[str],
 ) -> MaskLoss:
-    """Compare upsampled logits with segments of the map.
+    """Compare the upsampled masks of the pairs with segments of the map.
 
-    `logits` [B,P,h,w] of the pairs, `segment_map` [B,L,H,W], `segments` and `layers` [B,P] the index and map layer of
-    each pair's segment, `counts` [B] the real pairs of each image (the rest of its row is padding).
-    Source: MaskFormer section 3.3; sigmoid focal loss and dice with +1 smoothing as in its code; bilinear upsampling
-    with align_corners False. With `config.points` the losses are taken at so many sampled points of each mask.
+    `mask_embeddings` [B,P,C] of the pairs, `pixel_embeddings` [B,C,h,w], `segment_map` [B,L,H,W], `segments` and
+    `layers` [B,P] the index and map layer of each pair's segment, `counts` [B] the real pairs of each image (the rest
+    of its row is padding). Source: MaskFormer section 3.3; sigmoid focal loss and dice with +1 smoothing as in its
+    code; bilinear upsampling with align_corners False. With `config.points` the losses are taken at so many sampled
+    points of each mask, which depend on torch's seed and on the image's own of the `keys`.
     """
     if config.points:
-        focal, dice = point_losses(logits, segment_map, segments, layers, counts, config)
+        logits = torch.einsum("bpc,bchw->bphw", wide(mask_embeddings), wide(pixel_embeddings))
+        focal, dice = point_losses(logits, segment_map, segments, layers, counts, config, keys)
         total = config.focal_weight * focal.sum() + config.dice_weight * dice.sum()
         return MaskLoss(total, focal.detach(), dice.detach())
+    trained = mask_embeddings.requires_grad or pixel_embeddings.requires_grad
     total, focal, dice, _ = operator.mask_loss(
-        logits,
+        mask_embeddings,
+        pixel_embeddings,
         segment_map,
         segments,
         layers,
@@ -52,7 +65,7 @@ def mask_loss(
         config.focal_alpha,
         config.focal_gamma,
         config.ignored_pixels == "exclude",
-        choose_kernels(config.kernels, logits.device.type, logits.dtype),
-        logits.requires_grad and torch.is_grad_enabled(),
+        choose_kernels(config.kernels, pixel_embeddings.device.type, wide_dtype(pixel_embeddings)),
+        trained and torch.is_grad_enabled(),
     )
     return MaskLoss(total, focal.detach(), dice.detach())

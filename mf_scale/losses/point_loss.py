@@ -1,11 +1,17 @@
 """Focal and dice loss at sampled points instead of all pixels, most of them where the mask is uncertain.
 
 Source: Mask2Former (Cheng et al. 2022, section 3.3) after PointRend: of `OVERSAMPLE` x N uniform points the
-`IMPORTANT` x N most uncertain are kept, the rest of the N is uniform. Which points: a function of the micro-batch's
-seed alone, so a resumed run repeats them.
+`IMPORTANT` x N most uncertain are kept, the rest of the N is uniform.
+
+Which points: a function of torch's seed and the image's key, whatever other images are in the micro-batch. Training
+seeds every micro-batch from the step, so a resumed run repeats its points; validation seeds with a constant.
+On CUDA the backward of torch's grid_sample adds atomically: gradients there repeat to rounding, not bit for bit.
 """
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,21 +22,25 @@ from mf_scale.data.batch import IGNORE
 
 OVERSAMPLE = 3.0
 IMPORTANT = 0.75
-_STREAM = 0x706F696E7473
-"""Keeps the points' random numbers apart from the model's, which start from the same seed."""
 
 
 def point_losses(
-    logits: Tensor, segment_map: Tensor, segments: Tensor, layers: Tensor, counts: Tensor, config: LossConfig
+    logits: Tensor,
+    segment_map: Tensor,
+    segments: Tensor,
+    layers: Tensor,
+    counts: Tensor,
+    config: LossConfig,
+    keys: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Focal and dice loss [B,P] of logits [B,P,h,w] at `config.points` points a pair, differentiable; 0 for padding.
 
     Arguments as those of `mask_loss`; fp32. Targets are the segment's mask, interpolated as the logits are. Under
-    `exclude` points on ignored pixels leave the sums.
+    `exclude` points on ignored pixels leave the sums. Reads `counts` on the host: how many points an image draws.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
-        points = _choose_points(wide, config.points)
+        points = _choose_points(wide, config.points, counts.tolist(), keys)
         target, valid = _targets(segment_map, segments, layers, points)
         if config.ignored_pixels != "exclude":
             valid = torch.ones_like(valid)
@@ -52,16 +62,22 @@ def sample_bilinear(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def _choose_points(logits: Tensor, count: int) -> Tensor:
-    """Points [B,P,N,2]: the most uncertain of many (logit nearest 0) and some at random."""
-    B, P = logits.shape[:2]
-    generator = torch.Generator(logits.device).manual_seed((torch.initial_seed() ^ _STREAM) % 2**63)
-    many = torch.rand(B * P, int(OVERSAMPLE * count), 2, generator=generator, device=logits.device, dtype=logits.dtype)
-    important = int(IMPORTANT * count)
+def _choose_points(logits: Tensor, count: int, pairs: Sequence[int], keys: Sequence[str]) -> Tensor:
+    """Points [B,P,N,2]: the most uncertain of many (logit nearest 0) and some at random; padding pairs have (0, 0)."""
+    many_count, important = int(OVERSAMPLE * count), int(IMPORTANT * count)
+    drawn = logits.new_zeros(*logits.shape[:2], many_count + count - important, 2)
+    for image, real, key in zip(drawn, pairs, keys, strict=True):
+        image[:real].uniform_(generator=_generator(key, logits.device))
+    many, rest = drawn.flatten(0, 1).split((many_count, count - important), dim=1)
     uncertainty = -sample_bilinear(logits.flatten(0, 1)[:, None], many)[:, 0].abs()
     best = uncertainty.topk(important, dim=1).indices
-    rest = torch.rand(B * P, count - important, 2, generator=generator, device=logits.device, dtype=logits.dtype)
-    return torch.cat((many.gather(1, best[..., None].expand(-1, -1, 2)), rest), dim=1).unflatten(0, (B, P))
+    return torch.cat((many.gather(1, best[..., None].expand(-1, -1, 2)), rest), dim=1).unflatten(0, logits.shape[:2])
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    """An image's own random numbers; hashed, so they are apart from the model's, which start from the same seed."""
+    digest = hashlib.blake2b(f"points/{torch.initial_seed()}/{key}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _targets(segment_map: Tensor, segments: Tensor, layers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

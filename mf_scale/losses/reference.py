@@ -51,7 +51,7 @@ def class_loss(class_logits: Tensor, targets: Tensor, no_object_weight: float) -
     log_probability = class_logits.log_softmax(dim=-1)
     weight = class_logits.new_ones(class_logits.shape[-1])
     weight[-1] = no_object_weight
-    return -(weight[targets] * log_probability[torch.arange(len(targets)), targets]).sum()
+    return -(weight[targets] * log_probability[torch.arange(len(targets), device=targets.device), targets]).sum()
 
 
 def matching_cost(
@@ -86,7 +86,7 @@ def reference_loss(
     matching: MatchingConfig,
     assign: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = solve,
 ) -> dict[str, Tensor]:
-    """class, focal and dice of a batch, weighted, normalised and summed over layers, on the CPU.
+    """class, focal and dice of a batch, weighted, normalised and summed over layers.
 
     `assign` takes the cost [Q,T] of each layer and, within it, each image, and gives matched queries and segments.
     """
@@ -99,8 +99,8 @@ def reference_loss(
             class_logits = layer.class_logits[image]
             cost = matching_cost(class_logits, mask_logits[image], batch, image, matching, loss)
             counted = counted_pixels(segment_map, loss.ignored_pixels)
-            targets = torch.full((len(class_logits),), class_logits.shape[-1] - 1)
-            for query, segment in zip(*assign(cost.detach().numpy()), strict=True):
+            targets = torch.full((len(class_logits),), class_logits.shape[-1] - 1, device=cost.device)
+            for query, segment in zip(*assign(cost.detach().cpu().numpy()), strict=True):
                 targets[query] = batch.labels[image, segment]
                 mask = dense_mask(segment_map, int(batch.segment_layer[image, segment]), int(segment))
                 focal = focal_loss(upsampled[image, query], mask, counted, loss.focal_alpha, loss.focal_gamma)

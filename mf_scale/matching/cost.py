@@ -13,7 +13,8 @@ from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import IGNORE, Batch
 from mf_scale.kernels import triton_cost
 from mf_scale.kernels.choose import choose_kernels
-from mf_scale.kernels.native import PairSums
+from mf_scale.kernels.native import BLOCK, PairSums
+from mf_scale.kernels.targets import signed_map
 from mf_scale.kernels.triton_cost import CostWeights
 from mf_scale.models.outputs import LayerPrediction, MaskPrediction
 
@@ -36,17 +37,24 @@ class PairwiseCost:
 
 
 @torch.no_grad()
-def pairwise_cost(prediction: MaskPrediction, batch: Batch, matching: MatchingConfig, loss: LossConfig) -> PairwiseCost:
+def pairwise_cost(
+    prediction: MaskPrediction,
+    batch: Batch,
+    matching: MatchingConfig,
+    loss: LossConfig,
+    stacked: LayerPrediction | None = None,
+) -> PairwiseCost:
     """Cost of every query for every segment at prediction resolution, in fp32 (fp64 for fp64 predictions).
 
     The map is downsampled to its nearest pixels. `loss` gives focal alpha and gamma, what ignored pixels are, and the
-    kernels. Source: MaskFormer section 3.3 and its code (cost weights as in the loss).
+    kernels. `stacked` are the prediction's stacked layers where the caller has them already. Source: MaskFormer section
+    3.3 and its code (cost weights as in the loss).
     """
     pixels = prediction.pixel_embeddings
     dtype = torch.promote_types(pixels.dtype, torch.float32)
     kernels = choose_kernels(loss.kernels, pixels.device.type, dtype)
     with torch.autocast(pixels.device.type, enabled=False):
-        stacked = prediction.stacked()
+        stacked = stacked or prediction.stacked()
         if kernels == "triton":
             return _fused_cost(stacked, pixels, batch, matching, loss)
         return _cost_by_image(_BY_KERNEL[kernels], stacked, pixels, batch, matching, loss)
@@ -124,16 +132,17 @@ def _native_costs(
 ) -> tuple[Tensor, Tensor]:
     """The same on a CPU without one-hot masks: each pixel's terms are added to its own segment, pixels by pixels."""
     exclude, T = loss.ignored_pixels == "exclude", len(segment_layer)
-    maps = maps.to(torch.int16).contiguous()
-    sums = PairSums(len(embeddings), T, loss.focal_alpha, loss.focal_gamma, exclude)
+    maps = signed_map(maps).contiguous()
+    segment_layer = segment_layer.clamp(0, len(maps) - 1)
+    sums = PairSums(len(embeddings), segment_layer, loss.focal_alpha, loss.focal_gamma, exclude)
     # With several threads a product's barriers cost more than a cache that is too small (2 threads: 3 times).
     chunk = _CHUNK_LOGITS["cpu"] * (8 if torch.get_num_threads() > 1 else 1)
-    step = max(64, chunk // max(1, len(embeddings)))
+    step = max(1, chunk // max(1, len(embeddings)) // BLOCK) * BLOCK  # cuts between blocks change no sum
     for start in range(0, features.shape[1], step):
         sums.add(features[:, start : start + step].T @ embeddings.T, maps, start)
     counted = maps[0] != IGNORE if exclude else torch.ones_like(maps[0], dtype=torch.bool)
-    inside = maps[:, counted]
-    sizes = torch.bincount(inside[inside >= 0].long(), minlength=T)[:T, None]
+    by_layer = [torch.bincount(layer[layer >= 0].long(), minlength=T)[:T] for layer in maps[:, counted]]
+    sizes = torch.stack(by_layer).gather(0, segment_layer[None]).T
     focal = (sums.inside_focal + sums.outside) / counted.sum().clamp(min=1)
     dice = 1 - (2 * sums.inside_mass + 1) / (sums.mass + sizes + 1)
     return focal.T.float(), dice.T.float()
@@ -144,8 +153,9 @@ _BY_KERNEL = {"eager": _eager_costs, "native": _native_costs}
 
 def _one_hot(layers: Tensor, segment_layer: Tensor, exclude: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Segment masks [hw,T] of one image's map [L,hw], and its pixels that count [hw,1] (None: all do)."""
+    layers = signed_map(layers)
     index = torch.arange(len(segment_layer), device=layers.device)
-    own_layer = layers if len(layers) == 1 else layers[segment_layer.clamp(min=0)]
+    own_layer = layers if len(layers) == 1 else layers[segment_layer.clamp(0, len(layers) - 1)]
     masks = (own_layer == index[:, None]).T.to(dtype)
     if not exclude:
         return masks, None

@@ -19,7 +19,7 @@ from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.kernels.choose import choose_kernels
+from mf_scale.kernels.choose import choose_kernels, fallback_reason
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.terms import StepLoss
 from mf_scale.models.build import serving_kernel
@@ -68,7 +68,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
         groups = group_table(optimizer.param_groups)
         if config.model.compile:
             comm.together(lambda: compile_model(model, device))
-        kernels = comm.together(lambda: choose_kernels(config.loss.kernels, device.type, torch.float32))
+        kernels = comm.together(lambda: _kernels(config, device))
         engine = Engine(model.to(device), optimizer, config, plan, world)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             notes = [
@@ -76,7 +76,7 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
                 *started_with,
                 *getattr(model.backbone, "notes", ()),
                 f"attention: {serving_kernel(config.model.attention, device)}",
-                f"matching and mask loss: {kernels}",
+                *kernels,
                 groups,
             ]
         state, message = comm.together(lambda: _state(config, index, checkpoint))
@@ -104,6 +104,15 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
     finally:
         while lock:
             os.close(lock.pop())
+
+
+def _kernels(config: Config, device: torch.device) -> list[str]:
+    """What serves matching and mask loss, and why it is not what could be faster; the baselines have neither."""
+    if config.model.kind != "mask_classification":
+        return []
+    asked = config.loss.kernels, device.type, torch.float32
+    reason = fallback_reason(*asked)
+    return [f"matching and mask loss: {choose_kernels(*asked)}" + (f" ({reason})" if reason else "")]
 
 
 def _state(config: Config, index: Index, checkpoint: Path | None) -> tuple[TrainState, str | None]:

@@ -18,6 +18,9 @@ from mf_scale.distributed.env import World
 from mf_scale.losses.terms import StepLoss
 from mf_scale.training.step import to_device
 
+_SEED = 0
+"""Of what is random in a loss: its sampled points are then a function of the sample's key alone."""
+
 
 def validation_loss(
     engine: Engine,
@@ -30,7 +33,8 @@ def validation_loss(
 ) -> dict[str, float] | None:
     """Loss terms over the first `eval.loss_samples` samples, or None where a stop was agreed on in between.
 
-    Sums are taken with normalisers of 1 and divided at the end, so the value does not depend on ranks or batches.
+    Sums are taken with normalisers of 1 and divided at the end, so the value depends neither on ranks nor
+    on batches, nor by sampled points on the run's seed or on where it was resumed.
     """
     sums = np.zeros(len(criterion.names) + criterion.summed + 1)
     engine.share_buffers()
@@ -71,6 +75,7 @@ def _batch_sums(engine: Engine, criterion: StepLoss, batch: Batch, device: torch
     micro = to_device(kept, device)
     # All places go through the model: a compiled one is made for one shape.
     prediction = engine.forward(to_device(batch, device).images).first(len(kept.keys))
+    torch.manual_seed(_SEED)  # training seeds every micro-batch itself, so nothing is lost
     losses = criterion(prediction, micro, criterion.normalisers([1.0] * criterion.summed))
     bad = sum(event["event"] == "quarantine" for event in batch.events)
     if not real:

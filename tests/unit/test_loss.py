@@ -14,7 +14,7 @@ from mf_scale.kernels import eager as room
 from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
 from mf_scale.losses.mask_loss import mask_loss
 from mf_scale.losses.reference import reference_loss
-from tests.random_batches import CLASSES, leaves, part, random_batch, random_prediction
+from tests.random_batches import CLASSES, as_embeddings, leaves, part, random_batch, random_prediction
 
 
 def _criterion(ignored_pixels: str = "negative") -> Criterion:
@@ -132,20 +132,28 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
 def test_gradcheck(ignored_pixels, gamma):
     batch = random_batch([3], (9, 11), map_layers=2)
-    logits = torch.randn(1, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    embeddings = [
+        torch.randn(size, dtype=torch.float64, generator=generator).requires_grad_()
+        for size in ((1, 3, 2), (1, 2, 4, 5))
+    ]
     config = LossConfig(ignored_pixels=ignored_pixels, focal_gamma=gamma)
     segments = torch.tensor([[2, 0, 1]])
     layers = batch.segment_layer.gather(1, segments)
-    assert gradcheck(
-        lambda x: mask_loss(x, batch.segment_map, segments, layers, torch.tensor([3]), config).total, logits
-    )
+    count = torch.tensor([3])
+
+    def total(masks, pixels):
+        return mask_loss(masks, pixels, batch.segment_map, segments, layers, count, config, batch.keys).total
+
+    assert gradcheck(total, embeddings)
 
 
 def test_padding_pairs_cost_nothing_and_pull_at_nothing():
     batch = random_batch([1, 3])
     logits = torch.randn(2, 3, 6, 8, dtype=torch.float64).requires_grad_()
     segments, layers = torch.tensor([[0, 3, 3], [0, 1, 2]]), torch.zeros(2, 3, dtype=torch.int64)
-    losses = mask_loss(logits, batch.segment_map, segments, layers, torch.tensor([1, 3]), LossConfig())
+    counts, config = torch.tensor([1, 3]), LossConfig()
+    losses = mask_loss(*as_embeddings(logits), batch.segment_map, segments, layers, counts, config, batch.keys)
     (gradient,) = torch.autograd.grad(losses.total, logits)
     assert (losses.focal[0, 1:] == 0).all() and (losses.dice[0, 1:] == 0).all() and (losses.focal[1] > 0).all()
     assert (gradient[0, 1:] == 0).all() and (gradient[1] != 0).any()

@@ -46,6 +46,13 @@ def test_as_the_reference_in_the_interpreter(case: str, interpreted: dict[str, s
     assert not interpreted[case], interpreted[case]
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    pairs = make_pairs((1, 3, 3, 3), (9, 6), layers=2)
+    for wrong in ([*pairs[:2], pairs[2][:, :1], *pairs[3:]], [*pairs[:4], pairs[4].float()]):
+        with pytest.raises(ValueError, match=r"fit together|whole numbers"):
+            by_kernels(wrong, settings())
+
+
 # Compiled code
 
 

@@ -158,6 +158,13 @@ def extreme_logits(device: str) -> None:
             assert exclude or torch.equal(got[2][0, 1], clean[2][0, 1])
 
 
+def layers_beyond_the_map(device: str) -> None:
+    """Read as the nearest ones: no memory outside the map is read."""
+    pairs = make_pairs((1, 3, 3, 3), (9, 6), layers=2, device=device)
+    wild = [*pairs[:3], torch.where(pairs[3] == 0, -(10**6), 10**6), pairs[4]]
+    assert all(map(torch.equal, by_kernels(wild, settings()), by_kernels(pairs, settings())))
+
+
 def no_pair(device: str) -> None:
     pairs = make_pairs((1, 2, 2, 2), (4, 4), device=device)
     pairs[4].zero_()
@@ -267,7 +274,7 @@ CASES: dict[str, Callable[[str], None]] = {
     for case in (
         *(ratio_of_four, layers_and_ignored, any_ratio, bands_and_blocks, half_logits, map_of_bytes, other_gammas),
         *(odd_segments, extreme_logits, no_pair, cost_of_layers, cost_of_any_count, cost_of_large_blocks),
-        *(cost_of_half_embeddings, cost_not_finite),
+        *(cost_of_half_embeddings, cost_not_finite, layers_beyond_the_map),
     )
 }
 
