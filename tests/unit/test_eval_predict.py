@@ -95,7 +95,7 @@ def test_instances_need_things_and_the_score_threshold_is_told(
 ) -> None:
     image, high = _image(tmp_path / "a.png"), ["eval.instance_threshold=1.0"]
     assert predict_images([str(image)], run, str(tmp_path / "out"), task="instance", overrides=high) == 0
-    assert "no segment is above eval.instance_threshold=1 in 1 of them" in capsys.readouterr().out
+    assert "no segment was found in 1 of them (eval.instance_threshold=1)" in capsys.readouterr().out
     stuff = tmp_path / "stuff"
     shutil.copytree(RunDir(Path(run)).checkpoint(3), stuff)
     (stuff / VOCABULARY).write_text((stuff / VOCABULARY).read_text().replace("true", "false"))
@@ -154,7 +154,7 @@ def test_nothing_above_the_threshold_is_told(run: str, tmp_path: Path, capsys: p
     image = _image(tmp_path / "a.png")
     high = ["eval.object_threshold=1.0"]
     assert predict_images([str(image)], run, str(tmp_path / "out"), task="panoptic", overrides=high) == 0
-    assert "no segment is above eval.object_threshold=1 in 1 of them" in capsys.readouterr().out
+    assert "no segment was found in 1 of them (eval.object_threshold=1, " in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "a.json").read_text())["segments"] == []
 
 
