@@ -129,7 +129,7 @@ def test_the_table_of_several_and_the_json(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([str(CONFIGS / "demo.yaml")], "model.num_classes is not set"),
+        ([str(CONFIGS / "demo.yaml"), "model.num_classes=null"], "model.num_classes is not set"),
         ([R50, "model.backbone.name=resnet5O"], "Nearest names"),
         ([R50, "train.stpes=1"], "Did you mean train.steps?"),
         ([str(CONFIGS / "nothing.yaml")], "does not exist"),
