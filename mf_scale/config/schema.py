@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from mf_scale.config.model_schema import (
     BackboneConfig,
@@ -16,6 +16,15 @@ from mf_scale.config.model_schema import (
     PixelLevelConfig,
     choice,
 )
+from mf_scale.config.train_schema import (
+    CheckpointConfig,
+    EmaConfig,
+    GuardConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 
 __all__ = [
     "BackboneConfig",
@@ -23,7 +32,9 @@ __all__ = [
     "Config",
     "DataConfig",
     "DecoderConfig",
+    "EmaConfig",
     "EvalConfig",
+    "GuardConfig",
     "LossConfig",
     "MatchingConfig",
     "ModelConfig",
@@ -116,88 +127,6 @@ class MatchingConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW with parameter groups."""
-
-    lr: float = 1e-4
-    """Learning rate of everything but the backbone (paper: 1e-4 with ResNets, 6e-5 with Swin)."""
-    backbone_multiplier: float = 0.1
-    """Factor on the backbone's learning rate (paper: 0.1 with ResNets, 1.0 with Swin)."""
-    weight_decay: float = 1e-4
-    """Decoupled weight decay; norms and embeddings have none (paper: 1e-4 with ResNets, 0.01 with Swin)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Adam's moment factors (paper: torch's defaults)."""
-    eps: float = 1e-8
-    """Adam's epsilon (torch's default)."""
-    clip_norm: float = 0.01
-    """Global L2 norm that gradients are clipped to; 0 does not clip (paper: 0.01)."""
-
-
-@dataclass
-class ScheduleConfig:
-    """Learning-rate factor as a pure function of the update count."""
-
-    name: str = choice("poly", "step", "constant")
-    """poly: (1 - update / steps) ** power; step: times gamma at each milestone; constant."""
-    power: float = 0.9
-    """Exponent of poly (paper: 0.9)."""
-    milestones: list[int] = field(default_factory=list)
-    """Updates at which step multiplies by gamma (paper: 369,600 of 554,400 on COCO)."""
-    gamma: float = 0.1
-    """Factor of step (paper: 0.1)."""
-    warmup_updates: int = 0
-    """Updates of linear warm-up (paper: 0 with ResNets, 1500 with Swin)."""
-    warmup_start: float = 1e-6
-    """Factor at the first update of the warm-up (paper: 1e-6)."""
-
-
-@dataclass
-class TrainConfig:
-    """The run: how long, how large a step, which precision."""
-
-    steps: int = 160_000
-    """Global batches to train on (paper: 160k on ADE20K)."""
-    global_batch: int = 16
-    """Samples of a step, over all ranks (paper: 16)."""
-    micro_batch: int = 2
-    """Samples per rank per forward; accumulation = global_batch / (micro_batch x world size)."""
-    precision: str = choice("bf16", "fp32")
-    """bf16: autocast over fp32 parameters; fp32. Losses and matching are fp32 always."""
-    init_from: Optional[str] = None
-    """Run directory, checkpoint or export whose weights start a new run (weights only; resuming needs no argument)."""
-    reinit_head: bool = False
-    """With init_from: allow another vocabulary and start the class head anew (also as the option --reinit-head)."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    max_skipped_steps: int = 20
-    """Consecutive steps without an update (non-finite gradients) at which the run stops."""
-    collective_timeout: int = 600
-    """Seconds a rank waits for its peers in one collective before it gives the run up."""
-
-
-@dataclass
-class ZeroConfig:
-    """What DeepSpeed partitions over the ranks."""
-
-    stage: int = field(default=2, metadata={"choices": (0, 1, 2)})
-    """0: nothing; 1: optimizer states; 2: gradients too."""
-    bucket_mib: int = 128
-    """MiB of gradients reduced at once."""
-
-
-@dataclass
-class CheckpointConfig:
-    """Committed checkpoints in the run directory."""
-
-    every_steps: int = 5000
-    """Steps between checkpoints; 0: none by steps. One is always committed at the end and at a stop."""
-    every_minutes: float = 15.0
-    """Minutes between checkpoints; 0: none by time. What a lost node costs at most."""
-    keep_last: int = 3
-    """Newest checkpoints kept; at least 2, since the newest may be found damaged."""
-
-
-@dataclass
 class EvalConfig:
     """Validation loss in training, and inference."""
 
@@ -205,6 +134,8 @@ class EvalConfig:
     """Steps between validation losses in training; 0: none."""
     loss_samples: int = 512
     """Samples of the validation source the validation loss is taken over."""
+    weights: str = choice("auto", "ema", "raw")
+    """Weights that are validated, evaluated and exported; auto: the moving average where the run keeps one."""
     short_side: int = 512
     """Shorter side in pixels an image is resized to for inference (paper: the crop size)."""
     max_side: int = 2048
@@ -257,6 +188,12 @@ class Config:
     """Steps and batch."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """DeepSpeed ZeRO."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Keys added to DeepSpeed's own configuration; those that other sections set, and unknown ones, are refused."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Moving average of the weights."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Dead steps and loss spikes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Commits."""
     eval: EvalConfig = field(default_factory=EvalConfig)
