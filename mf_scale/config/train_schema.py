@@ -55,7 +55,7 @@ class TrainConfig:
     micro_batch: int = 2
     """Samples per rank per forward; accumulation = global_batch / (micro_batch x world size)."""
     precision: str = choice("bf16", "fp32", "fp16")
-    """bf16, fp16: autocast over fp32 parameters, fp16 with a dynamic loss scale. Losses and matching are fp32 always."""
+    """bf16, fp16: autocast over fp32 parameters; fp16 with a dynamic loss scale. Losses and matching: always fp32."""
     tf32: bool = True
     """CUDA: products and convolutions in fp32 round their inputs to TF32's 10 bits (about 3e-4), much faster."""
     deterministic: bool = False

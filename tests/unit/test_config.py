@@ -158,4 +158,8 @@ def test_classes_against_the_vocabulary() -> None:
 
 
 def test_sections_are_dataclasses_all_the_way() -> None:
-    assert all(is_dataclass(getattr(Config(), f.name)) for f in fields(Config) if f.name not in ("run_dir", "seed", "deepspeed"))
+    assert all(
+        is_dataclass(getattr(Config(), f.name))
+        for f in fields(Config)
+        if f.name not in ("run_dir", "seed", "deepspeed")
+    )
