@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,14 +17,15 @@ from mf_scale.config.schema import Config
 from mf_scale.errors import UserError
 from mf_scale.rundir import (
     CONFIG,
+    FORMAT,
     MANIFEST,
     STATE,
     VOCABULARY,
     WEIGHTS,
     disk_errors,
-    file_digest,
     write_atomically,
 )
+from mf_scale.training.tensor_file import write_file, write_tensors
 from mf_scale.vocabulary import Vocabulary
 
 
@@ -35,17 +37,17 @@ def write_bundle(
     `model_state` is the model's state_dict; `step` how long it was trained. The folder appears whole or not at all.
     UserError where it is there already and not empty, and where the disk refuses.
     """
+    # There is one set of weights in the folder, whichever it is: nothing is left to choose from.
+    alone = replace(config, eval=replace(config.eval, weights="auto"))
     with new_folder(folder) as place:
-        save_tensors(model_state, place / WEIGHTS)
+        files = {WEIGHTS: write_tensors(place / WEIGHTS, model_state)}
         texts = {
-            CONFIG: config_to_yaml(config),
+            CONFIG: config_to_yaml(alone),
             VOCABULARY: json.dumps(vocabulary.to_dict(), indent=1, ensure_ascii=False),
             STATE: json.dumps({"step": step}, indent=1),
         }
-        for name, text in texts.items():
-            (place / name).write_text(text, encoding="utf-8")
-        files = {name: _entry(place / name) for name in (WEIGHTS, *texts)}
-        manifest = {"format": 1, "step": step, "files": files}
+        files |= {name: write_file(place / name, [memoryview(text.encode())]) for name, text in texts.items()}
+        manifest = {"format": FORMAT, "step": step, "files": files}
         write_atomically(place / MANIFEST, json.dumps(manifest, indent=1))
 
 
@@ -77,23 +79,6 @@ def refuse_used_folder(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise UserError("this is a file, not a folder", where=str(folder), remedy="Choose a new folder.")
-
-
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Tensors as safetensors, on the disk when this returns; a full disk is an OSError as elsewhere."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        save_file(plain, file, metadata)
-    except SafetensorError as error:  # it wraps what the system said
-        raise OSError(str(error)) from error
-
-
-def _entry(file: Path) -> dict[str, int | str]:
-    _flush(file)
-    return {"size": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mf_scale.bundle import new_folder, refuse_used_folder, save_tensors, write_bundle
+from mf_scale.bundle import new_folder, refuse_used_folder, write_bundle
 from mf_scale.config.consent import belongs_to_a_checkpoint, refuse_unasked_code
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config, ModelConfig
@@ -23,6 +23,7 @@ from mf_scale.models.exchange.fit import Fit, fit
 from mf_scale.models.exchange.links import Link
 from mf_scale.models.weights import compare, read_weights
 from mf_scale.rundir import MANIFEST, read_json
+from mf_scale.training.tensor_file import write_tensors
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 
 _CONFIG_JSON = "config.json"
@@ -122,7 +123,7 @@ def write_transformers_folder(model: nn.Module, config: Config, vocabulary: Voca
         config.model, backbone, model.state_dict(), config.loss.no_object_weight
     )
     with new_folder(folder) as place:
-        save_tensors(tensors, place / _WHOLE[0], {"format": "pt"})
+        write_tensors(place / _WHOLE[0], tensors, {"format": "pt"})
         for name, content in ((_CONFIG_JSON, described), (_PREPROCESSOR_JSON, preprocessor)):
             (place / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,7 +2,8 @@
 
     config.yaml  vocabulary.json  metrics.jsonl  checkpoints/step-00000100/  report/  wandb/
 
-A checkpoint folder counts only when its manifest, written last, names every file with its size and digest.
+A checkpoint folder counts only when its manifest, written last, names every file with its size and digest. The link
+`checkpoints/latest` is for people: this program looks at the folders themselves.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from typing import Any
 from mf_scale.errors import UserError
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of the manifest. 2: weights and averages whole or in pieces, the moments always in pieces (fragments.py)."""
 WEIGHTS = "weights.safetensors"
+EMA = "ema.safetensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 VOCABULARY = "vocabulary.json"
+LATEST = "latest"
+REPLACED = ".replaced-"
+"""What the name of a checkpoint begins with for the moment in which another one of its step takes its name."""
 _PREFIX = "step-"
 
 
@@ -71,15 +78,24 @@ def existing_run(path: str) -> Path:
 
 
 def committed_checkpoints(run: RunDir) -> list[Path]:
-    """Folders with a manifest, newest first. A half-written folder has none."""
+    """Folders with a manifest, newest first. A half-written folder has none.
+
+    One that was being replaced when the process was killed counts as long as nothing stands in its place.
+    """
     folders = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    ours = (f for f in folders if is_checkpoint_name(f.name) and (f / MANIFEST).is_file())
-    return sorted(ours, key=lambda f: f.name, reverse=True)
+    whole = {f.name: f for f in folders if (f / MANIFEST).is_file()}
+    named = {name.removeprefix(REPLACED): f for name, f in whole.items() if name.startswith(REPLACED)} | whole
+    return [named[name] for name in sorted(named, reverse=True) if is_checkpoint_name(name)]
 
 
 def is_checkpoint_name(name: str) -> bool:
     """True for the names that `RunDir.checkpoint` gives; other folders are not ours to touch."""
     return re.fullmatch(_PREFIX + r"\d{8,}", name) is not None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def checkpoint_damage(folder: Path, *, digests: bool = True) -> str | None:

@@ -16,7 +16,7 @@ _NO_KERNEL = ("memcpy", "memset", "profilerstep")
 def count_launches(work: Callable[[], object]) -> int:
     """Kernels that `work` runs on the GPU, by torch's profiler; copies and fills of memory are not kernels."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:  # else it warns
         work()
         torch.cuda.synchronize()
     return kernels(record.events() or ())

@@ -9,10 +9,18 @@ from mf_scale.commands.arguments import add_command, count
 
 
 def add(commands: Any) -> None:
-    """Its arguments."""
-    command = add_command(commands, "bench", "measure a part against its peers, in one process", _run)
-    command.add_argument("part", choices=("loss",), help="loss: matching and mask losses, from the embeddings")
-    for name, default, text in (
+    """Its parts and their arguments."""
+    text = "measure a part against its peers, in one process"
+    parts = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    parts = parts.add_subparsers(metavar="PART", required=True)
+    _add_loss(parts)
+    _add_save(parts)
+
+
+def _add_loss(parts: Any) -> None:
+    command = add_command(parts, "loss", "matching and mask losses, from the embeddings", _run_loss)
+    _add_counts(
+        command,
         ("images", 2, "images of the batch"),
         ("queries", 100, "queries"),
         ("segments", 15, "segments of each image"),
@@ -22,14 +30,31 @@ def add(commands: Any) -> None:
         ("channels", 256, "channels of the embeddings"),
         ("classes", 150, "classes"),
         ("repeats", 3, "rounds, alternating between the contestants, after one that warms up"),
-    ):
-        command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
+    )
     command.add_argument("--threads", type=count, metavar="N", help="threads on a CPU (default: torch's)")
     command.add_argument("--reference", action="store_true", help="measure the plain reference too (slow)")
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
-def _run(options: argparse.Namespace, _: list[str]) -> int:
+def _add_save(parts: Any) -> None:
+    command = add_command(
+        parts, "save", "a checkpoint's save: behind the training, before it, by safetensors", _run_save
+    )
+    _add_counts(
+        command,
+        ("millions", 45, "millions of parameters, 12 bytes each (45: MaskFormer with a Swin-T)"),
+        ("repeats", 3, "rounds, alternating between the ways, after one that warms up"),
+    )
+    command.add_argument("--folder", metavar="DIR", help="on the disk to be measured (default: the temporary folder)")
+    command.add_argument("--json", metavar="FILE", help="write all numbers there")
+
+
+def _add_counts(command: argparse.ArgumentParser, *arguments: tuple[str, int, str]) -> None:
+    for name, default, text in arguments:
+        command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
+
+
+def _run_loss(options: argparse.Namespace, _: list[str]) -> int:
     import torch
 
     from mf_scale.bench.inputs import Shape
@@ -39,4 +64,11 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         torch.set_num_threads(options.threads)
     shape = Shape(**{name: getattr(options, name) for name in Shape.__dataclass_fields__})
     print(bench_loss(shape, repeats=options.repeats, reference=options.reference, json_file=options.json))
+    return 0
+
+
+def _run_save(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.bench.save import bench_save
+
+    print(bench_save(options.millions, repeats=options.repeats, folder=options.folder, json_file=options.json))
     return 0

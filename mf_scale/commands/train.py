@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from mf_scale.commands.arguments import OVERRIDES, add_command, add_processes, wanted_ranks
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    from mf_scale.training.preemption import install_handlers
+    from mf_scale.training.preemption import configure, install_handlers
 
     flag = install_handlers()  # before the slow imports: a signal's default would kill
     from mf_scale.config.load import load_config
@@ -36,13 +37,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         anew = ["train.reinit_head=true"] if options.reinit_head else []
         config = load_config(options.config, [*options.overrides, *anew])
         validate(config)
+        notes = configure(flag, config)
         ranks = world.size if world.size > 1 else wanted_ranks(options.processes)
         plan_batch(config, ranks)
     except UserError as error:
         error.said_by_first_rank = not world.first  # every rank of srun or torchrun makes the same mistake
         raise
     if world.size == 1 and ranks > 1:
-        return launch(arguments, ranks, flag.signals)
+        return launch(arguments, ranks, flag.signals, config.train.stop_signals)
+    for note in notes if world.first else ():
+        print(f"mf-scale: {note}", file=sys.stderr)
     from mf_scale.training.trainer import train
 
     train(config, world, flag)

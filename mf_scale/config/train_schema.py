@@ -53,7 +53,8 @@ class TrainConfig:
     global_batch: int = 16
     """Samples of a step, over all ranks (paper: 16)."""
     micro_batch: int = 2
-    """Samples per rank per forward; accumulation = global_batch / (micro_batch x world size)."""
+    """Samples per rank per forward, at most: a rank's share of the global batch that it does not divide is cut by the
+    largest divisor below. Accumulation = global_batch / (micro-batch x world size)."""
     precision: str = choice("bf16", "fp32", "fp16")
     """bf16, fp16: autocast over fp32 parameters; fp16 with a dynamic loss scale. Losses and matching: always fp32."""
     tf32: bool = True

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from mf_scale.config.deepspeed_keys import broken_additions
+from mf_scale.config.run_rules import RUN_RULES
 from mf_scale.config.schema import Config, DataConfig, ModelConfig, PixelLevelConfig
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -23,8 +25,11 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Cut the global batch over the ranks; raises UserError naming sizes that work."""
-    total, micro = config.train.global_batch, config.train.micro_batch
+    """Cut the global batch over the ranks; raises UserError naming sizes that work.
+
+    A rank's share that train.micro_batch does not divide is cut by its largest divisor below.
+    """
+    total = config.train.global_batch
     if total % world_size:
         divisors = [d for d in range(1, total + 1) if total % d == 0]
         raise UserError(
@@ -33,14 +38,16 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
             f"{_nearest_multiple(total, world_size)}.",
         )
     share = total // world_size
-    if share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        raise UserError(
-            f"train.global_batch = {total} on {world_size} ranks is {share} samples a rank, "
-            f"which train.micro_batch = {micro} does not divide",
-            remedy=f"Take train.micro_batch = {_listed(divisors)}.",
-        )
+    micro = max(size for size in range(1, min(share, config.train.micro_batch) + 1) if share % size == 0)
     return BatchPlan(total, micro, share // micro, world_size)
+
+
+def plan_note(config: Config, plan: BatchPlan) -> str | None:
+    """A sentence where a rank's forward takes fewer samples than train.micro_batch."""
+    wanted, share = config.train.micro_batch, plan.micro_batch * plan.accumulation
+    if plan.micro_batch == wanted:
+        return None
+    return f"train.micro_batch = {wanted} does not divide the {share} samples of a rank: {plan.micro_batch} are taken"
 
 
 def check_vocabulary(config: Config, vocabulary: Vocabulary, *, where: str) -> int:
@@ -65,8 +72,8 @@ def validate(config: Config) -> None:
     broken += [f"{name} = {values[name]} must be above 0" for name in _POSITIVE if not values[name] > 0]
     broken += [f"{name} = {values[name]} must not be negative" for name in _NOT_NEGATIVE if values[name] < 0]
     broken += [f"{name} = {values[name]} must lie in 0..1" for name in _SHARES if not 0 <= values[name] <= 1]
-    rules = (_paths, _start, _sizes, _schedule, _model, _per_pixel, _pixel_level)
-    broken += [sentence for rule in rules for sentence in rule(config)]
+    rules = (_paths, _start, _sizes, _schedule, _model, _per_pixel, _pixel_level, _deepspeed)
+    broken += [sentence for rule in (*rules, *RUN_RULES) for sentence in rule(config)]
     if broken:
         raise UserError("; ".join(broken), where="configuration", remedy="Nothing was started.")
 
@@ -128,6 +135,7 @@ _NOT_NEGATIVE = [
 ]
 _SHARES = [
     "guard.skipped_share",
+    "ema.decay",
     "data.flip",
     "data.max_bad_fraction",
     "model.decoder.dropout",
@@ -263,6 +271,10 @@ def _pixel_level(config: Config) -> list[str]:
     if len(given.mean) != 3 or len(given.std) != 3 or min(given.std) <= 0:
         broken.append(f"model.pixel_level.mean = {given.mean}, std = {given.std}: three numbers each, std above 0")
     return broken
+
+
+def _deepspeed(config: Config) -> list[str]:
+    return broken_additions(config.deepspeed)
 
 
 def _listed(values: list[int]) -> str:

@@ -15,7 +15,7 @@ from mf_scale.config.schema import DataConfig
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import blank_sample, collate, join
 from mf_scale.data.index import Index
-from mf_scale.data.order import SampleOrder, Segment, positions, rank_lanes, worker_share
+from mf_scale.data.order import SampleOrder, positions, rank_lanes, worker_share
 from mf_scale.data.reader import SampleReader
 from mf_scale.data.samples import BadSample
 from mf_scale.data.state import DataState
@@ -55,7 +55,8 @@ class RankStream(IterableDataset[Any]):
     """One rank's stream of parts; each worker process yields its share."""
 
     index: Index
-    segment: Segment
+    state: DataState
+    """Its segments from `step` on differ in nothing but where they are in the one stream."""
     config: DataConfig
     seed: int
     lanes: np.ndarray
@@ -66,7 +67,7 @@ class RankStream(IterableDataset[Any]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = worker_share(self.lanes, worker, workers)
-        order = SampleOrder(self.segment, self.index.shard_samples)
+        order = SampleOrder(self.state.at(self.step), self.index.shard_samples)
         reader = make_reader(self.index, self.config)
         rules = train_rules(self.index, self.config.task)
         step = self.step + share.first
@@ -80,10 +81,11 @@ class RankStream(IterableDataset[Any]):
     def _part(
         self, step: int, lanes: np.ndarray, order: SampleOrder, reader: SampleReader, rules: TargetRules
     ) -> Batch:
-        stream = positions(self.segment, step)[lanes]
+        segment = self.state.at(step)
+        stream = positions(segment, step)[lanes]
         samples, keys, events = [], [], []
         for lane, position, sample_id in zip(lanes, stream, order.sample_ids(stream), strict=True):
-            buffered = int(lane) if self.segment.shuffle == "blocks" else None
+            buffered = int(lane) if segment.shuffle == "blocks" else None
             stored, happened = reader.load(int(sample_id), buffered)
             generator = sample_generator(self.seed, int(position))
             samples.append(training_sample(stored, self.config, rules, generator))
@@ -117,7 +119,7 @@ def train_steps(
     if segment.digest != index.digest:
         raise UserError("the data state belongs to another index", where=index.source, remedy="Open a segment first.")
     lanes = rank_lanes(segment.global_batch, rank, world)
-    return _steps(RankStream(index, segment, config, seed, lanes, step), rank)
+    return _steps(RankStream(index, state, config, seed, lanes, step), rank)
 
 
 def _steps(stream: RankStream, rank: int) -> Generator[tuple[int, Batch], None, None]:

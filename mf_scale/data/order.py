@@ -40,6 +40,8 @@ class Segment:
     block_samples: int
     shuffle: str
     """blocks | full"""
+    offset: int = 0
+    """Global batches of its stream that lie before first_step: taken under an earlier segment, or left out."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,10 +51,15 @@ class Segment:
         return Segment(**data)
 
 
+def batches_before(segment: Segment, step: int) -> int:
+    """Global batches of the segment's stream that lie before `step`."""
+    return step - segment.first_step + segment.offset
+
+
 def window(segment: Segment, step: int) -> tuple[int, int, int]:
     """The window that holds `step`: (stream position it starts at, its steps, the number of `step` in it)."""
     N, G = segment.samples, segment.global_batch
-    taken = step - segment.first_step
+    taken = batches_before(segment, step)
     epoch = -(-(taken + 1) * G // N) - 1  # the first epoch whose window ends behind this step
     first, end = epoch * N // G, (epoch + 1) * N // G
     return segment.first_epoch * N + G * first, end - first, taken - first
@@ -65,8 +72,8 @@ def positions(segment: Segment, step: int) -> np.ndarray:
 
 
 def epochs_begun(segment: Segment, step: int) -> int:
-    """Epochs of the segment that the steps before `step` have taken samples of."""
-    return -(-(step - segment.first_step) * segment.global_batch // segment.samples)
+    """Epochs of the segment's stream that have been begun before `step`."""
+    return -(-batches_before(segment, step) * segment.global_batch // segment.samples)
 
 
 def rank_lanes(global_batch: int, rank: int, world: int) -> np.ndarray:

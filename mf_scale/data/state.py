@@ -1,12 +1,16 @@
-"""Data state: the append-only list of segments a run has gone through. The position itself is the step."""
+"""Data state: the list of segments a run goes through. The position itself is the step.
+
+A run opens segments where it stands. One that went back to a checkpoint may also hold segments that begin ahead of it:
+those leave out a range of the stream.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mf_scale.data.order import Segment, epochs_begun
+from mf_scale.data.order import Segment, batches_before, epochs_begun
 from mf_scale.errors import UserError
 
 IDENTITY = {
@@ -56,7 +60,8 @@ def open_segment(
     """The state to go on with at `step`, and a sentence where the order changes there.
 
     The same identity leaves the state as it is. Another one opens a segment that starts at the next epoch, so
-    that no epoch mixes two orders; the sentence says how many samples of the current epoch stay unread.
+    that no epoch mixes two orders; the sentence says how many samples of the current epoch stay unread. Ranges that
+    were to be left out after `step` belong to the old order and go with it.
     """
     wanted = Segment(step, 0, digest, samples, seed, global_batch, block_samples, shuffle)
     if state is None:
@@ -66,11 +71,23 @@ def open_segment(
     if not changed:
         return state, None
     begun = epochs_begun(last, step)
-    unread = begun * last.samples - (step - last.first_step) * last.global_batch
+    unread = begun * last.samples - batches_before(last, step) * last.global_batch
     first_epoch = last.first_epoch + begun
     opened = Segment(step, first_epoch, digest, samples, seed, global_batch, block_samples, shuffle)
     message = (
         f"From step {step} the order of the data changes ({', '.join(changed)}): it goes on at the start of epoch "
         f"{first_epoch}, and {unread} samples of epoch {first_epoch - 1} stay unread."
     )
-    return DataState((*state.segments, opened)), message
+    return DataState((*(s for s in state.segments if s.first_step <= step), opened)), message
+
+
+def leave_out(state: DataState, first: int, count: int) -> DataState:
+    """The same stream without `count` global batches: step `first` takes what step `first + count` would have taken.
+
+    Nothing changes for the steps before `first`, so a run that went back to a checkpoint goes on with it.
+    """
+    resumes = state.at(first + count)
+    at_first = replace(resumes, first_step=first, offset=batches_before(resumes, first + count))
+    earlier = [s for s in state.segments if s.first_step < first]
+    later = [replace(s, first_step=s.first_step - count) for s in state.segments if s.first_step > first + count]
+    return DataState((*earlier, at_first, *later))

@@ -13,8 +13,10 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask the trainer to stop; a worker that died of one would take the last save with it."""
+from mf_scale.config.signals import STOPPING
+
+SHIELDED = tuple(signal.Signals[name] for name in STOPPING)
+"""Whatever train.stop_signals may name; a worker that died of one would take the last save with it."""
 
 _REAP_SECONDS = 2.0
 """How long a broken connection waits for the end of the worker that broke it."""

@@ -1,16 +1,15 @@
-"""The one place that knows DeepSpeed: our configuration -> its dictionary, one step, Adam's moments by name.
+"""The one place that imports DeepSpeed: a model under ZeRO, one step, and what a checkpoint holds of it by name.
 
-Weights stay fp32 in every precision (bf16 is autocast), so a model's own state_dict is the master copy, and only
-Adam's moments are partitioned. They are read and written as named fragments (parameter, start, values), which is what
-makes a checkpoint independent of the ZeRO stage and of the number of ranks.
+Weights stay fp32 in every precision (bf16 and fp16 are autocast), so a model's own state_dict is the master copy up to
+stage 2, and at stage 3 its stretches are. Everything partitioned is read and written as named fragments (parameter,
+start, values), which is what makes a checkpoint independent of the ZeRO stage and of the number of ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,51 +18,40 @@ from torch import Tensor, nn
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan
 from mf_scale.distributed import comm
+from mf_scale.distributed.deepspeed_config import deepspeed_dictionary
 from mf_scale.distributed.env import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's share of one parameter's moments."""
-
-    name: str
-    """The parameter's name."""
-    start: int
-    """First element of the flattened parameter."""
-    moments: dict[str, Tensor]
-    """Moment name -> values, 1-D views into the optimizer's own memory."""
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What one optimizer step did."""
-
-    applied: bool
-    """False where the gradients were not finite: nothing was changed, on any rank."""
-    grad_norm: float | None
-    """Global L2 norm before clipping; None where the engine did not compute it."""
+from mf_scale.distributed.gradients import LossScale, StepOutcome, clip_divisor, norms_by_group
+from mf_scale.distributed.partitions import MOMENTS, Flat, Partition, Replicated, Sharded
+from mf_scale.fragments import Fragment
 
 
 class Engine:
     """A model under DeepSpeed ZeRO."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, plan: BatchPlan, world: World
-    ):
+        self, model: nn.Module, optimizer: torch.optim.AdamW, config: Config, plan: BatchPlan, world: World
+    ) -> None:
+        """Wrap `model`, which is on its device; `optimizer` is torch's fused AdamW over its trainable parameters."""
         deepspeed = _import_deepspeed()
-        self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._client_optimizer = optimizer
-        self._set_environment(world)
+        self.stage: int = config.zero.stage
+        self._world, self._clip_norm = world, config.optimizer.clip_norm
+        self._offload = config.zero.offload_optimizer
+        self._device = next(model.parameters()).device
+        self._torch_optimizer = optimizer
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        meant = _group_facts(optimizer)
+        _set_environment(world)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, plan),
+            config=deepspeed_dictionary(config, plan, cuda=self._device.type == "cuda"),
             dist_init_required=False,
         )
-        self._stage = config.zero.stage
-        self._check_groups(optimizer)
+        self._take_over_loss_scaling()
+        self._partition = self._make_partition(trainable)
+        self._check_groups(meant)
+        self.group_names: tuple[str, ...] = tuple(group["name"] for group in self._groups)
+        self.loss_scale = LossScale(self._device, dynamic=config.train.precision == "fp16")
 
     @property
     def module(self) -> nn.Module:
@@ -83,118 +71,147 @@ class Engine:
         return self._engine(images)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch; DeepSpeed divides by accumulation and averages over ranks."""
-        self._engine.backward(loss)
+        """Add the gradient of this rank's share of the step's loss: the step's is the sum over micro-batches and ranks.
+
+        A loss that is not finite makes every gradient NaN, so that no update follows whatever its own gradient was.
+        """
+        sound = loss.detach() * 0 + 1  # 1, or NaN
+        self._engine.backward(loss * (self.loss_scale.value * sound), scale_wrt_gas=False)
 
     def end_micro_batch(self) -> None:
         """Count a micro-batch that is not the step's last."""
         self._engine.step()
 
-    def step(self, factors: Callable[[dict[str, Any]], float]) -> StepOutcome:
-        """Apply the step's gradients with each parameter group's learning rate `factors(group)`."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = factors(group)
-        skipped = self._skipped()
+    def step(self, lr_factor: float) -> StepOutcome:
+        """Apply the step's gradients, each parameter group's at its `base_lr` times `lr_factor`.
+
+        Nothing is applied, on any rank, where a gradient is not finite. Does not wait for the device at stages 0 to 2
+        without offload; DeepSpeed does at stage 3.
+        """
+        for group in self._groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        loss_scale = self.loss_scale.value.clone()
+        # DeepSpeed averages over the ranks. Undone here and not in the loss, which half precision would overflow.
+        scale = loss_scale / self._world.size
+        norms = norms_by_group(self._partition.gradients(), self._device, partitioned=self.stage > 0) / scale
+        norm = norms.square().sum().sqrt()
+        finite = norm.isfinite()
+        # On the host for offloaded states: the fused kernel's own copy there would not wait for the device.
+        home = torch.device("cpu") if self._offload else self._device
+        self._torch_optimizer.grad_scale = (scale * clip_divisor(norm, self._clip_norm)).to(home)  # type: ignore[attr-defined]
+        self._torch_optimizer.found_inf = (~finite).float().to(home)  # type: ignore[attr-defined]
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else None
-        return StepOutcome(applied=self._skipped() == skipped, grad_norm=norm)
+        if getattr(self._engine.optimizer, "overflow", False):  # DeepSpeed's own look at stage 3 and with offload
+            finite = torch.zeros_like(finite)
+        self.loss_scale.update(finite)
+        return StepOutcome(finite, norms, loss_scale)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """What every rank has whole, by its name in the state_dict: all of it up to stage 2, the buffers at stage 3."""
+        state: dict[str, Tensor] = self.module.state_dict()
+        if self.stage < 3:
+            return state
+        partitioned = {name for name, _ in self.module.named_parameters()}
+        return {name: value for name, value in state.items() if name not in partitioned}
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Whole shapes of the parameters that only stretches exist of (stage 3)."""
+        if self.stage < 3:
+            return {}
+        return {name: list(p.ds_shape) for name, p in self.module.named_parameters()}  # type: ignore[attr-defined]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Memory of the trained weights that the forward pass reads: whole, at stage 3 this rank's flat stretch."""
+        return self._partition.weights()
+
+    def weight_starts(self) -> dict[str, int]:
+        """First element of each of this rank's stretches of the weights; empty where they are whole."""
+        return {fragment.name: fragment.start for fragment in self._partition.masters()}
+
+    def weights_replaced(self) -> None:
+        """To be called after writing into `weights()`: what stage 3 keeps gathered is gathered anew."""
+        if self.stage == 3:
+            optimizer = self._engine.optimizer
+            optimizer._partition_all_parameters()
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def owned_fragments(self) -> Iterator[Fragment]:
-        """The moments this rank writes into a checkpoint; over all ranks every element once. Empty before an update."""
-        if self._stage == 0:
-            world, rank = self._engine.dp_world_size, self._engine.global_rank
-            for number, fragment in enumerate(self._whole_parameters()):
-                if number % world == rank:
-                    yield fragment
-        else:
-            yield from self._partitions()
+        """What this rank alone writes into a checkpoint: over all ranks every element of the moments once (none before
+        an update), at stage 3 the weights too."""
+        share = self._world.size if self.stage == 0 else 1
+        for number, fragment in enumerate(self._partition.moments()):
+            if number % share == self._world.rank % share:
+                yield fragment
+        yield from self._partition.masters()
 
     def needed_fragments(self) -> Iterator[Fragment]:
         """The moments this rank works with, to be overwritten in place after `prepare_moments`."""
-        yield from self._whole_parameters() if self._stage == 0 else self._partitions()
+        return self._partition.moments()
 
     def prepare_moments(self, updates: int) -> None:
         """Make room for the moments after `updates` updates, all zero; `needed_fragments` then gives them."""
         if updates == 0:
             return
-        for values in self._optimizer_memory():
-            self._torch_optimizer().state[values] = {
+        for values in self._partition.memory():
+            self._torch_optimizer.state[values] = {
                 "step": torch.tensor(float(updates), dtype=torch.float32, device=values.device),
-                **{moment: torch.zeros_like(values) for moment in MOMENTS},
+                **{moment: torch.zeros_like(values, requires_grad=False) for moment in MOMENTS},
             }
 
-    def _optimizer_memory(self) -> list[Tensor]:
-        """The tensors the torch optimizer works on: parameters at stage 0, this rank's flat partitions above."""
-        if self._stage == 0:
-            return list(self._names.values())
-        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+    def close(self) -> None:
+        """Let go of what DeepSpeed hangs on parameters and modules, so that the memory can be freed."""
+        self._engine.destroy()
 
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return self._client_optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
 
-    def _whole_parameters(self) -> Iterator[Fragment]:
-        for name, parameter in self._names.items():
-            state = self._client_optimizer.state.get(parameter)
-            if state:
-                yield Fragment(name, 0, {moment: state[moment].view(-1) for moment in MOMENTS})
+    def _make_partition(self, trainable: dict[str, nn.Parameter]) -> Partition:
+        wrapped = self._engine.optimizer
+        if self.stage == 0:
+            return Replicated(trainable, self._torch_optimizer)
+        if self.stage == 3:
+            return Sharded(self.module, wrapped, self._offload, self._world.rank)
+        return Flat(trainable, wrapped, self._offload)
 
-    def _partitions(self) -> Iterator[Fragment]:
-        optimizer = self._engine.optimizer
-        for name, parameter in self._names.items():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None: not in this rank's part
-            if mapping is None:
-                continue
-            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            state = optimizer.optimizer.state.get(flat)
-            if state:
-                at = mapping.hp_fragment_address
-                moments = {moment: state[moment].narrow(0, at.start, at.numel) for moment in MOMENTS}
-                yield Fragment(name, mapping.lp_fragment_address.start, moments)
+    def _take_over_loss_scaling(self) -> None:
+        """DeepSpeed brings a scaler for fp16 autocast that asks the host after every step; ours does not."""
+        self._engine.torch_autocast_z0_gradscaler = None
+        if self.stage:
+            self._engine.optimizer.torch_autocast_gradscaler = None
 
-    def _skipped(self) -> int:
-        if self._stage == 0:
-            return int(getattr(self._client_optimizer, "skipped_steps", 0))
-        return int(self._engine.skipped_steps)
-
-    def _check_groups(self, optimizer: torch.optim.Optimizer) -> None:
+    def _check_groups(self, meant: list[tuple[Any, ...]]) -> None:
         """Parameter groups must survive the wrapping: a merged group trains with another's rate and decay."""
-        kept = [(g["name"], g["weight_decay"]) for g in self._engine.optimizer.param_groups]
-        meant = [(g["name"], g["weight_decay"]) for g in optimizer.param_groups]
-        if kept != meant:
+        kept = [(g["name"], g["weight_decay"], g["base_lr"]) for g in self._groups]
+        if kept != [facts[:3] for facts in meant]:
             raise RuntimeError(f"DeepSpeed changed the parameter groups: {meant} became {kept}")
+        if self.stage in (1, 2):
+            counts = [sum(p.numel() for p in group) for group in self._engine.optimizer.bit16_groups]
+        elif self.stage == 3:
+            counts = [0] * len(meant)
+            for number, part in enumerate(self._engine.optimizer.fp16_groups):
+                counts[self._engine.optimizer.sub_group_to_group_id[number]] += sum(p.ds_numel for p in part)
+        else:
+            counts = [sum(p.numel() for p in group["params"]) for group in self._groups]
+        if counts != [facts[3] for facts in meant]:
+            raise RuntimeError(f"DeepSpeed moved parameters between groups: {meant} became {counts} elements")
 
-    @staticmethod
-    def _set_environment(world: World) -> None:
-        # DeepSpeed looks for MPI where one of these is missing ("No module named 'mpi4py'").
-        os.environ.setdefault("RANK", str(world.rank))
-        os.environ.setdefault("WORLD_SIZE", str(world.size))
-        # It also takes LOCAL_RANK for the device's number, which is 0 where each rank sees its own GPU only.
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else world.local_rank)
+
+def _group_facts(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
+    return [
+        (g["name"], g["weight_decay"], g["base_lr"], sum(p.numel() for p in g["params"]))
+        for g in optimizer.param_groups
+    ]
 
 
-def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's dictionary for our configuration. Batch sizes are all given, so that it derives none."""
-    bucket = config.zero.bucket_mib * 2**20 // 4
-    settings: dict[str, Any] = {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulation,
-        "zero_optimization": {
-            "stage": config.zero.stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "gradient_clipping": config.optimizer.clip_norm,
-        # Our AdamW is a subclass of torch's, which DeepSpeed's list of tested optimizers does not know.
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-        "wall_clock_breakdown": False,
-    }
-    if config.train.precision == "bf16":
-        # No "safe modules": gradients are reduced in fp32, only the computation is bf16.
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return settings
+def _set_environment(world: World) -> None:
+    # DeepSpeed looks for MPI where one of these is missing ("No module named 'mpi4py'").
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    # It also takes LOCAL_RANK for the device's number, which is 0 where each rank sees its own GPU only.
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else world.local_rank)
 
 
 def _import_deepspeed() -> Any:
@@ -204,8 +221,11 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime import compiler
 
     # Its shared-memory collective is compiled at first use (27 s, and fatal without ninja or a compiler).
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It would load inductor to decorate an optimizer that is not used here: 1.2 s of every start.
+    compiler.compile = lambda *_, **__: compiler.dummy_decorator
     return deepspeed

@@ -12,35 +12,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from mf_scale.config.signals import DEFAULT
 from mf_scale.distributed.env import RENDEZVOUS
 from mf_scale.errors import EXIT_FAULT, EXIT_GUARD, EXIT_STOPPED, EXIT_USER
 
 _GRACE = 20.0
 """Seconds the other ranks get to end by themselves after one failed, and again after TERM."""
 _PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def launch(arguments: Sequence[str], processes: int, asked: Sequence[str]) -> int:
+def launch(arguments: Sequence[str], processes: int, asked: Sequence[str], held: Sequence[str] = DEFAULT) -> int:
     """Run `mf-scale ARGUMENTS` as `processes` ranks; their common exit code, or that of the rank that failed.
 
     `asked` is the live list of the names of signals this process has caught; every rank gets each of them once, also
-    those that came before it was started.
+    those that came before it was started. `held` are the stop signals of the run (train.stop_signals).
     """
     with tempfile.TemporaryDirectory(prefix="mf_scale-") as folder:
         children: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(processes):
-                children.append(_start(arguments, rank, processes, str(Path(folder, "rendezvous"))))
+                children.append(_start(arguments, rank, processes, str(Path(folder, "rendezvous")), held))
             return _wait(children, asked)
         finally:
             _end(children)
 
 
-def _start(arguments: Sequence[str], rank: int, size: int, rendezvous: str) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], rank: int, size: int, rendezvous: str, held: Sequence[str]
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -54,22 +57,22 @@ def _start(arguments: Sequence[str], rank: int, size: int, rendezvous: str) -> s
         [sys.executable, "-m", "mf_scale.cli", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_end_with_parent,  # noqa: PLW1509 - no threads here
+        preexec_fn=partial(_end_with_parent, held),  # noqa: PLW1509 - no threads here
     )
 
 
-def allow_stop_signals() -> None:
+def allow_stop_signals(names: Iterable[str] = DEFAULT) -> None:
     """In a rank: let the stop signals in that `launch` holds back until somebody is there to take them."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[name] for name in names])
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(held: Sequence[str] = DEFAULT) -> None:
     """In the child: a launcher that is killed outright takes its ranks along (they save and stop).
 
     Stop signals wait until the child is ready (`allow_stop_signals`): before, their default would kill it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in held])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.Signals[held[0]] if held else signal.SIGTERM)
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[str]) -> int:

@@ -13,9 +13,10 @@ from mf_scale.config.consent import refuse_unasked_code
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, validate
+from mf_scale.fragments import checkpoint_weights
 from mf_scale.models.build import build_model
-from mf_scale.models.weights import load_weights
-from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, read_json, resolve_checkpoint
+from mf_scale.models.weights import load_tensors
+from mf_scale.rundir import CONFIG, STATE, VOCABULARY, read_json, resolve_checkpoint
 from mf_scale.vocabulary import Vocabulary
 
 
@@ -36,7 +37,10 @@ class LoadedModel:
 
 
 def load_model(path: str, overrides: Sequence[str], device: torch.device) -> LoadedModel:
-    """Load the newest sound checkpoint of a run, or the one given; raises UserError for whatever does not fit."""
+    """Load the newest sound checkpoint of a run, or the one given; raises UserError for whatever does not fit.
+
+    The weights are those that `eval.weights` asks for: raw ones or their moving average.
+    """
     run_dir, folder = resolve_checkpoint(path)
     config = load_config(folder / CONFIG, overrides)
     validate(config)
@@ -45,6 +49,6 @@ def load_model(path: str, overrides: Sequence[str], device: torch.device) -> Loa
     classes = check_vocabulary(config, vocabulary, where=str(folder / VOCABULARY))
     bare = replace(config.model, backbone=replace(config.model.backbone, weights="none"))
     model = build_model(bare, classes, seed=config.seed)
-    load_weights(model, folder / WEIGHTS)
+    load_tensors(model, checkpoint_weights(folder, config.eval.weights), where=folder)
     step = int(read_json(folder / STATE).get("step", 0))
     return LoadedModel(model.to(device).eval(), config, vocabulary, step, run_dir, folder)

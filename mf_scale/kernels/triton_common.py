@@ -11,6 +11,15 @@ jit = triton.jit
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1): on CPU tensors, for tests."""
 
+
+def block_memory(device: int) -> int:
+    """Bytes of shared memory that a block can have on this CUDA device; 0 in the interpreter."""
+    if INTERPRETED:
+        return 0
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device)
+    return properties["max_shared_mem"]
+
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

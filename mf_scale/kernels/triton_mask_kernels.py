@@ -8,6 +8,10 @@ A lane is one quad column of one pair and walks down a band of quad rows. It kee
 made in the order of its walk, nothing is added atomically, and no value of the map's resolution leaves a register.
 
 Per pixel and pass: three transcendentals (exp2, log2, exp2) and one element of the map.
+
+Where a quad row's pixels begin is worked out for each row though it is where those of the row before end: Triton 3.6
+takes a whole number that a loop hands on for constant if only the bounds of an inner loop use it (seen on an H100: all
+rows above were counted again in every quad row).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -117,14 +121,12 @@ def mask_loss_sums(
     focal, wrong, missed = start * 0.0, start * 0.0, start * 0.0
     size, kept_pixels = start * 0.0, start * 0.0
     quad = band * band_rows
-    y0 = _first(quad, h, H)
     row = tl.maximum(quad - 1, 0) * w
     top_left, top_right = _cell(left, row, real), _cell(right, row, real)
     for q in range(quad, tl.minimum(quad + band_rows, h + 1)):
         row = tl.minimum(q, h - 1) * w
         bottom_left, bottom_right = _cell(left, row, real), _cell(right, row, real)
-        behind = tl.minimum(_first(q + 1, h, H), bottom)
-        for y in range(y0, behind):
+        for y in range(_first(q, h, H), tl.minimum(_first(q + 1, h, H), bottom)):
             _, base, slope = _row(y, q, top_left, top_right, bottom_left, bottom_right, start, h, w, H, W)
             for i in tl.static_range(COLUMNS):
                 hit, kept, u = _pixel(
@@ -138,7 +140,7 @@ def mask_loss_sums(
                 size += target
                 if EXCLUDE:
                     kept_pixels += tl.where(kept, 1.0, 0.0)
-        top_left, top_right, y0 = bottom_left, bottom_right, behind
+        top_left, top_right = bottom_left, bottom_right
     kinds = 5 if EXCLUDE else 4
     lanes = bands * (w + 1)
     out = sums + (b * P + pair).to(tl.int64) * (kinds * lanes) + band * (w + 1) + c
@@ -215,7 +217,6 @@ def mask_loss_gradient(
     out = gradient + (b * P + pair).to(tl.int64) * (h * w) + c
     owned = (pair < P) & (c < w) & (number < LANES - 1)
     quad = band * band_rows
-    y0 = _first(quad, h, H)
     row = tl.maximum(quad - 1, 0) * w
     top_left, top_right = _cell(left, row, real), _cell(right, row, real)
     above_left, above_right = start * 0.0, start * 0.0
@@ -223,8 +224,7 @@ def mask_loss_gradient(
         row = tl.minimum(q, h - 1) * w
         bottom_left, bottom_right = _cell(left, row, real), _cell(right, row, real)
         level, tilt, lower_level, lower_tilt = start * 0.0, start * 0.0, start * 0.0, start * 0.0
-        behind = tl.minimum(_first(q + 1, h, H), bottom)
-        for y in range(y0, behind):
+        for y in range(_first(q, h, H), tl.minimum(_first(q + 1, h, H), bottom)):
             down, base, slope = _row(y, q, top_left, top_right, bottom_left, bottom_right, start, h, w, H, W)
             row_level, row_tilt = start * 0.0, start * 0.0
             for i in tl.static_range(COLUMNS):
@@ -249,4 +249,4 @@ def mask_loss_gradient(
             whole = above_right + tl.gather(above_left, tl.minimum(number + 1, LANES - 1), axis=0)
             tl.store(out + (q - 1) * w, whole, mask=owned)
         above_left, above_right = _to_sides(lower_level, lower_tilt, start, c, w, W)
-        top_left, top_right, y0 = bottom_left, bottom_right, behind
+        top_left, top_right = bottom_left, bottom_right

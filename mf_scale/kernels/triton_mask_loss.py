@@ -7,7 +7,8 @@ is computed in fp32 and added in a fixed order, so the same input gives the same
 
 Floor per output pixel and pass: three transcendentals, one map element (from the caches: all pairs of an image share
 them) and h w / (H W) of a logit. ptxas makes 27 instructions of it in the first pass and 32 in the second on sm_90. For
-16 images x 90 pairs, 160 -> 640, that is twice 590 M pixels, and 0.44 GB of logits read twice and gradient written.
+16 images x 90 pairs, 160 -> 640, that is twice 590 M pixels, and 0.44 GB of logits read twice and gradient written:
+0.77 and 0.94 ms on an H100, half its rate of transcendentals (4.1 T/s), the rest being the other instructions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from mf_scale.kernels.targets import check_shapes
 
 _LANES = 128
 _BLOCKS_WANTED = 2048
-"""Blocks of a launch that keep a large GPU busy to the end; a band is no shorter than _LEAST_ROWS rows of cells."""
+"""Blocks of a launch that keep a large GPU busy to the end; a band is no shorter than _LEAST_ROWS rows of cells.
+
+On an H100 (16 images x 90 pairs, 160 -> 640) both passes take 1.81 ms with 512, 1.70 with 2048, 1.65 with 4096, whose
+sums take up to twice the memory. Blocks of 64 or 256 lanes, or two lanes a thread, change less or are slower.
+"""
 _LEAST_ROWS = 8
 _FINISH_BLOCK = 512
 LAUNCH = {"enable_fp_fusion": True}

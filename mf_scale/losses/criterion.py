@@ -105,7 +105,7 @@ class Criterion:
         logits = wide(class_logits.flatten(0, 2))
         targets = pairs.labels.flatten().remainder(self.num_classes + 1)  # NO_LABEL is -1 and becomes K, no-object
         weight = logits.new_full((self.num_classes + 1,), scale)
-        weight[-1] = scale * self.loss.no_object_weight
+        weight[-1].fill_(scale * self.loss.no_object_weight)  # assigning a number would wait for the GPU
         return F.cross_entropy(logits, targets, weight, reduction="sum")
 
     def _mask_loss(self, mask_embeddings: Tensor, pixel_embeddings: Tensor, batch: Batch, pairs: Matching) -> MaskLoss:

@@ -5,7 +5,8 @@ Source: Mask2Former (Cheng et al. 2022, section 3.3) after PointRend: of `OVERSA
 
 Which points: a function of torch's seed and the image's key, whatever other images are in the micro-batch. Training
 seeds every micro-batch from the step, so a resumed run repeats its points; validation seeds with a constant.
-On CUDA the backward of torch's grid_sample adds atomically: gradients there repeat to rounding, not bit for bit.
+On CUDA the backward of torch's grid_sample adds atomically: gradients there repeat to rounding. A deterministic run
+gathers instead, which repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -58,8 +59,25 @@ def point_losses(
 
 def sample_bilinear(maps: Tensor, points: Tensor) -> Tensor:
     """Values [n,c,N] of maps [n,c,h,w] at points [n,N,2], (x, y) in 0..1; pixel centres at halves, borders repeated."""
+    if maps.is_cuda and maps.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return gather_bilinear(maps, points)
     grid = 2 * points[:, None] - 1
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+
+
+def gather_bilinear(maps: Tensor, points: Tensor) -> Tensor:
+    """The same by four gathers, whose backward torch can make in a fixed order."""
+    h, w = maps.shape[2:]
+    flat = maps.flatten(2)
+    x, y = (points[..., 0] * w - 0.5).clamp(0, w - 1), (points[..., 1] * h - 0.5).clamp(0, h - 1)
+    left, top = x.floor(), y.floor()
+    result = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    for row, of_row in ((top, top + 1 - y), (top + 1, y - top)):
+        for column, of_column in ((left, left + 1 - x), (left + 1, x - left)):
+            cell = row.clamp(max=h - 1).long() * w + column.clamp(max=w - 1).long()
+            value = flat.gather(2, cell[:, None].expand(-1, maps.shape[1], -1))
+            result = result + (of_row * of_column)[:, None] * value
+    return result
 
 
 def _choose_points(logits: Tensor, count: int, pairs: Sequence[int], keys: Sequence[str]) -> Tensor:

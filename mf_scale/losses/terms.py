@@ -16,7 +16,7 @@ class LossTerms:
     """Loss of one micro-batch."""
 
     total: Tensor
-    """Scalar in fp32, to be multiplied by world size x accumulation under an averaging engine."""
+    """Scalar in fp32: this micro-batch's share of the step's loss, which is the sum over micro-batches and ranks."""
     terms: dict[str, Tensor]
     """By name: detached, weighted, normalised, summed over layers; their sum is the total."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -28,9 +28,8 @@ class LossTerms:
 class StepLoss(Protocol):
     """A training loss whose terms are sums divided by normalisers of the whole step.
 
-    One call sees one micro-batch of one rank, and an engine that averages gradients over ranks and micro-batches
-    divides by both: the trainer multiplies `LossTerms.total` by world size x accumulation before backward, so that
-    1 x 4, 4 x 1 and 2 ranks x 2 are the same loss. Nothing of that is done in a loss.
+    One call sees one micro-batch of one rank. The step's loss is the plain sum over micro-batches and ranks, so 1 x 4,
+    4 x 1 and 2 ranks x 2 are the same loss; undoing the averages of a framework is the engine's part, not a loss's.
     """
 
     names: tuple[str, ...]

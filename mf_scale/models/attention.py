@@ -65,8 +65,10 @@ def resolve_kernel(requested: str, device_type: str, dtype: torch.dtype) -> str:
     if device_type == "meta":
         return "sdpa"  # shapes without numbers: there is nothing to choose by
     if requested == "auto":
-        # xformers has operators for CUDA devices only; not importing it elsewhere saves seconds at every start.
-        usable = device_type == "cuda" and _why_not("xformers", device_type, dtype) is None
+        # xformers has operators for CUDA devices only; not importing it elsewhere saves seconds at every start. The
+        # backward of its kernel with a bias adds in no fixed order, which a deterministic run must not.
+        usable = device_type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        usable = usable and _why_not("xformers", device_type, dtype) is None
         return "xformers" if usable else "sdpa"
     reason = _why_not(requested, device_type, dtype)
     if reason is not None:
@@ -137,7 +139,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
 def _aligned(bias: Tensor) -> Tensor:
     """The same bias in memory of its own whose rows start at multiples of eight elements, as xformers wants it."""
     length = bias.shape[-1]
-    return F.pad(bias, (0, 8 - length % 8))[..., :length]
+    # With four axes the padding keeps an order of channels last, which Swin's biases come in; with three there is none.
+    return F.pad(bias.flatten(0, 1), (0, 8 - length % 8)).unflatten(0, bias.shape[:2])[..., :length]
 
 
 @functools.cache

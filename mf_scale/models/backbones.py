@@ -16,8 +16,10 @@ from mf_scale.config.schema import BackboneConfig
 from mf_scale.errors import UserError
 from mf_scale.models.any_size import image_multiple, pad_to, rounded_up
 from mf_scale.models.backbone_weights import Convert, fit_backbone, weights_file
+from mf_scale.models.norms import freeze_norms
 from mf_scale.models.pixel_level import PixelBackbone
 from mf_scale.models.recompute import quarters, recompute, stage_units
+from mf_scale.models.resizing import repeating_resizes
 from mf_scale.models.swin import restore_original
 from mf_scale.models.vit import PATCH, SimplePyramid, serve_attention
 
@@ -55,7 +57,8 @@ class Backbone(PixelBackbone):
         self.pyramid = SimplePyramid(channels[-1], PYRAMID_WIDTH) if plain else None
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.net(pad_to(images, self.multiple))
+        with repeating_resizes(images.device):
+            features = self.net(pad_to(images, self.multiple))
         picked = [features[i] for i in self.picks]
         if self.norms is not None:
             picked = [norm(feature) for norm, feature in zip(self.norms, picked, strict=True)]
@@ -109,13 +112,6 @@ def build_backbone(config: BackboneConfig, attention: str = "auto") -> Backbone:
     for note in notes:
         logger.info(note)
     return backbone
-
-
-def freeze_norms(model: nn.Module) -> nn.Module:
-    """Every batch norm keeps its statistics and affine, untrained, as in FrozenBN; modules are replaced in place."""
-    from timm.layers import freeze_batch_norm_2d
-
-    return freeze_batch_norm_2d(model)
 
 
 def _classifier(name: str, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from mf_scale.models import convert, per_pixel
 from mf_scale.models.attention import resolve_kernel
 from mf_scale.models.backbones import build_backbone
 from mf_scale.models.maskformer import MaskFormer
+from mf_scale.models.norms import widen_norms
 from mf_scale.models.pixel_decoder import PixelDecoder
 from mf_scale.models.pixel_level import PixelBackbone, PixelEmbedder
 
@@ -25,8 +26,11 @@ def build_model(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Modul
         torch.manual_seed(seed)
         backbone, pixel_decoder = _pixel_level(config)
         if config.kind == "mask_classification":
-            return MaskFormer(backbone, pixel_decoder, config, num_classes)
-        return per_pixel.build(backbone, pixel_decoder, config, num_classes)
+            model: nn.Module = MaskFormer(backbone, pixel_decoder, config, num_classes)
+        else:
+            model = per_pixel.build(backbone, pixel_decoder, config, num_classes)
+    widen_norms(model)
+    return model
 
 
 def serving_kernel(requested: str, device: torch.device) -> str:

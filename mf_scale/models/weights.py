@@ -129,12 +129,17 @@ def load_weights(model: nn.Module, file: Path, *, strict: bool = True) -> Weight
     With `strict` anything missing, unexpected or of another shape is a UserError with the table, and the model is left
     as it was; without, what fits is loaded and the caller has the report to show.
     """
-    given, own = read_weights(file), model.state_dict()
+    return load_tensors(model, read_weights(file), where=file, strict=strict)
+
+
+def load_tensors(model: nn.Module, given: Mapping[str, Tensor], *, where: Path, strict: bool = True) -> WeightsReport:
+    """`load_weights` with tensors that were read already, from `where`."""
+    own = model.state_dict()
     report = compare(own, given)
     if strict and not report.complete:
         raise UserError(
             f"the weights do not fit the model:\n{report.table()}\n",
-            where=str(file),
+            where=str(where),
             remedy="They come from another model configuration or another number of classes.",
         )
     shapes_off = {name for name, _, _ in report.mismatched}

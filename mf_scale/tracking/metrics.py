@@ -14,9 +14,9 @@ from typing import Any
 
 from mf_scale.rundir import disk_errors
 
-DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "stop"})
+DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "rollback", "stop"})
 """Events after which the file is forced to the disk: what a committed checkpoint claims is then in the file too."""
-PROCESS_EVENTS = frozenset({"start", "stop"})
+PROCESS_EVENTS = frozenset({"start", "stop", "rollback"})
 """Events of a process, not of the series of steps: a rollback does not undo that they happened."""
 _TAIL_BYTES = 1 << 16
 

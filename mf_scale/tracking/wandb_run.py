@@ -60,13 +60,21 @@ class WandbRun:
         if self._thread is not None:
             self._put({"step": int(step), "log": _plain(values)})
 
-    def finish(self, exit_code: int = 0, timeout: float = 15.0) -> str | None:
-        """End the run within `timeout` seconds; a sentence on what W&B did not get, None when all is well."""
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, which W&B passes on by mail or chat as its user has set it."""
+        if self._thread is not None:
+            self._put({"alert": {"title": title, "text": text}})
+
+    def finish(self, exit_code: int = 0, timeout: float = 15.0, *, preempting: bool = False) -> str | None:
+        """End the run within `timeout` seconds; a sentence on what W&B did not get, None when all is well.
+
+        `preempting` marks a run that stops because its node is taken away and that will go on.
+        """
         if self._child is None or self._thread is None:
             return None if not self.dropped else f"W&B could not be started; see {self.log_file}"
         deadline = time.monotonic() + timeout
         with contextlib.suppress(queue.Full):
-            self._lines.put({"finish": exit_code}, timeout=timeout)
+            self._lines.put({"finish": exit_code, "preempting": preempting}, timeout=timeout)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         child, self._thread = self._child, None
         try:
@@ -181,7 +189,11 @@ class _Client:
             elif self._run is None:
                 return False
             elif "finish" in line:
+                if line.get("preempting"):
+                    self._run.mark_preempting()
                 self._run.finish(exit_code=line["finish"])
+            elif "alert" in line:
+                self._run.alert(**line["alert"])
             else:
                 self._run.log(line["log"], step=line["step"])
         except Exception:

@@ -7,110 +7,173 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from mf_scale import faults
 from mf_scale.distributed import comm
-from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.errors import UserError
 from mf_scale.rundir import (
-    CONFIG,
+    FORMAT,
+    LATEST,
     MANIFEST,
-    STATE,
-    VOCABULARY,
-    WEIGHTS,
+    REPLACED,
     RunDir,
-    checkpoint_damage,
     committed_checkpoints,
-    disk_errors,
-    file_digest,
     is_checkpoint_name,
     write_atomically,
 )
-from mf_scale.training.moments import moments_file, write_moments
-from mf_scale.training.state import TrainState
+from mf_scale.training.snapshot import FileBytes
+from mf_scale.training.tensor_file import write_file
+from mf_scale.training.writer import Outcome, attempt
 
 _TEMPORARY = ".writing-"
 
 
-def save(run: RunDir, engine: Engine, state: TrainState, world: World, settings: dict[str, str]) -> str | None:
-    """Write and commit a checkpoint; all ranks call it. Returns None, or why nothing was committed (on every rank).
+@dataclass(frozen=True)
+class Commit:
+    """How a commit ended, known on every rank."""
 
-    `settings` are the texts of config.yaml and vocabulary.json by file name. A failure (a full disk) leaves the
-    earlier checkpoints and the run untouched.
-    """
-    final = run.checkpoint(state.step)
-    temporary = run.checkpoints / f"{_TEMPORARY}{final.name}"
-    problem = comm.broadcast_object(_attempt(lambda: _fresh_folder(temporary)) if world.first else None)
-    if problem is None:
-        problem = _write_files(temporary, engine, state, world, settings)
-    if problem is None:
-        problem = comm.broadcast_object(_attempt(lambda: _commit(temporary, final)) if world.first else None)
-    if problem is not None and world.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return None if problem is None else str(problem)
+    bytes: int
+    """Of all files; 0 where it failed."""
+    problem: str | None
+    """Why nothing was committed."""
 
 
-def _write_files(folder: Path, engine: Engine, state: TrainState, world: World, settings: dict[str, str]) -> str | None:
-    """This rank's files, then every rank's sizes and digests in the manifest; the first problem of any rank."""
-    written: dict[str, Any] = {}
-
-    def write() -> None:
-        file = folder / moments_file(world.rank, world.size)
-        write_moments(engine.owned_fragments(), file)
-        files = [file]
-        if world.first:
-            files += _write_shared(folder, engine.module, state, settings)
-        written.update({f.name: _flushed_entry(f) for f in files})
-
-    report = {"rank": world.rank, "problem": _attempt(write), "files": written}
-    reports = comm.gather_objects(report)
-    problem = None
-    if reports is not None:
-        problem = next((f"rank {r['rank']}: {r['problem']}" for r in reports if r["problem"]), None)
-        if problem is None:
-            files = {name: entry for r in reports for name, entry in r["files"].items()}
-            manifest = {"format": 1, "step": state.step, "world": world.size, "files": files}
-            problem = _attempt(lambda: write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1)))
+def begin(run: RunDir, step: int, world: World, problem: str | None) -> str | None:
+    """Make the empty temporary folder, unless some rank has a `problem`; all call it. Returns None, or why not."""
+    problems = comm.gather_objects(problem)
+    if problems is not None:
+        problem = _first_problem(problems) or attempt(lambda: _fresh_folder(_temporary(run, step))).problem
     answer: str | None = comm.broadcast_object(problem)
     return answer
 
 
-def _write_shared(folder: Path, model: nn.Module, state: TrainState, settings: dict[str, str]) -> list[Path]:
-    from safetensors.torch import save_file
+def write_files(
+    run: RunDir, step: int, rank: int, files: Iterable[FileBytes], texts: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write this rank's files into the temporary folder; name -> size and digest. No collective: it may run behind."""
+    folder = _temporary(run, step)
+    between = partial(faults.reach, "save.part", rank=rank, step=step)
+    written = {file.name: write_file(folder / file.name, file.pieces, between) for file in files}
+    written |= {name: write_file(folder / name, [memoryview(text.encode())]) for name, text in texts.items()}
+    faults.reach("save.written", rank=rank, step=step)
+    return written
 
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
-    texts = {STATE: json.dumps(state.to_dict(), indent=1), **{name: settings[name] for name in (CONFIG, VOCABULARY)}}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / WEIGHTS, *(folder / name for name in texts)]
+
+def commit(run: RunDir, step: int, world: World, written: Outcome) -> Commit:
+    """Make a checkpoint of what the ranks wrote; all call it with the outcome of their `write_files`.
+
+    A failure of any rank (a full disk) removes the temporary folder and leaves the earlier checkpoints as they are.
+    """
+    reports = comm.gather_objects({"problem": written.problem, "files": written.result})
+    answer: list[Any] = [0, None]
+    if reports is not None:
+        problem = _first_problem([report["problem"] for report in reports])
+        if problem is None:
+            files = {name: entry for report in reports for name, entry in report["files"].items()}
+            problem = attempt(lambda: _commit(run, step, world, files)).problem
+            answer[0] = sum(entry["size"] for entry in files.values())
+        if problem is not None:
+            shutil.rmtree(_temporary(run, step), ignore_errors=True)
+            answer = [0, problem]
+    return Commit(*comm.broadcast_object(answer))
 
 
-def _flushed_entry(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return {"size": file.stat().st_size, "sha256": file_digest(file)}
+def _first_problem(problems: list[str | None]) -> str | None:
+    return next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
+
+
+def _commit(run: RunDir, step: int, world: World, files: dict[str, Any]) -> None:
+    temporary, final = _temporary(run, step), run.checkpoint(step)
+    faults.reach("save.manifest", rank=world.rank, step=step)
+    manifest = {"format": FORMAT, "step": step, "world": world.size, "files": files}
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    _fsync_folder(temporary)
+    faults.reach("save.rename", rank=world.rank, step=step)
+    _take_name(temporary, final)
+    _fsync_folder(final.parent)
+    faults.reach("save.renamed", rank=world.rank, step=step)
+
+
+def _take_name(temporary: Path, final: Path) -> None:
+    """A run that resumed from an older checkpoint may reach a step again: the new one takes the old one's place.
+
+    A folder cannot be renamed over a full one, so the old one stands aside for a moment, where it still counts.
+    """
+    aside = final.with_name(REPLACED + final.name)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def point_latest(run: RunDir) -> str | None:
+    """Let `checkpoints/latest` lead to the newest checkpoint; why it could not, for a file system without links."""
+    committed = committed_checkpoints(run)
+    link = run.checkpoints / LATEST
+    fresh = link.with_name(f".{LATEST}.{os.getpid()}")
+    try:
+        if not committed:
+            link.unlink(missing_ok=True)
+            return None
+        if link.is_symlink() and link.readlink() == Path(committed[0].name):
+            return None
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(committed[0].name)
+        fresh.replace(link)
+    except OSError as error:
+        return f"{link} could not be moved ({error.strerror or error}), which matters to people only"
+    return None
+
+
+def sweep(run: RunDir) -> list[str]:
+    """Remove what interrupted saves and removals left; the names. Rank 0 only, before training."""
+    removed = []
+    for folder in [f for f in run.checkpoints.iterdir() if f.is_dir()] if run.checkpoints.is_dir() else []:
+        name = folder.name.removeprefix(REPLACED)
+        if name != folder.name and is_checkpoint_name(name) and not (folder.with_name(name) / MANIFEST).is_file():
+            shutil.rmtree(folder.with_name(name), ignore_errors=True)
+            folder.rename(folder.with_name(name))
+        elif _is_leftover(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder.name)
+    point_latest(run)
+    return removed
+
+
+def _is_leftover(folder: Path) -> bool:
+    for prefix in (_TEMPORARY, REPLACED):
+        if folder.name.startswith(prefix):
+            return is_checkpoint_name(folder.name.removeprefix(prefix))
+    return is_checkpoint_name(folder.name) and not (folder / MANIFEST).is_file()
+
+
+def set_aside(folders: Iterable[Path]) -> None:
+    """Rename checkpoints that a start walked back from; one that becomes readable again must not come back."""
+    for folder in folders:
+        aside = folder.with_name(f"{folder.name.removeprefix(REPLACED)}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def _temporary(run: RunDir, step: int) -> Path:
+    return run.checkpoints / f"{_TEMPORARY}{run.checkpoint(step).name}"
 
 
 def _fresh_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _commit(temporary: Path, final: Path) -> None:
-    _fsync_folder(temporary)
-    # A run that resumed from an older checkpoint may reach this step again: the new one takes the old one's place.
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _fsync_folder(final.parent)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -119,57 +182,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _attempt(action: Callable[[], Any]) -> str | None:
-    """Run a disk action; its problem as a sentence, or None."""
-    try:
-        with disk_errors(Path("checkpoint")):
-            action()
-    except UserError as error:
-        return f"{error.what}. {error.remedy}"
-    except Exception as error:
-        # safetensors says a full disk in an exception of its own, with the system's number in the text.
-        number = re.search(r"os error (\d+)", str(error))
-        return _attempt(partial(_fail, int(number[1]))) if number else f"{type(error).__name__}: {error}"
-    return None
-
-
-def _fail(number: int) -> None:
-    raise OSError(number, os.strerror(number))
-
-
-def retain(run: RunDir, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` committed checkpoints, oldest first, never the only sound one. Rank 0 only."""
-    committed = committed_checkpoints(run)
-    if not any(checkpoint_damage(folder, digests=False) is None for folder in committed[:keep]):
-        return []
-    surplus = committed[keep:]
-    for folder in reversed(surplus):
-        # Without its manifest it is no checkpoint any more, even if the removal is interrupted here.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    return surplus
-
-
-def sweep(run: RunDir) -> list[str]:
-    """Remove what interrupted saves and removals left; the names. Rank 0 only, before training."""
-    folders = [f for f in run.checkpoints.iterdir() if f.is_dir()] if run.checkpoints.is_dir() else []
-    removed = [f for f in folders if _is_leftover(f)]
-    for folder in removed:
-        shutil.rmtree(folder, ignore_errors=True)
-    return [folder.name for folder in removed]
-
-
-def _is_leftover(folder: Path) -> bool:
-    if folder.name.startswith(_TEMPORARY):
-        return is_checkpoint_name(folder.name.removeprefix(_TEMPORARY))
-    return is_checkpoint_name(folder.name) and not (folder / MANIFEST).is_file()
-
-
-def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints that a start walked back from; one that becomes readable again must not come back."""
-    for folder in damaged:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)

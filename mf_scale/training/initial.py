@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mf_scale.config.schema import Config, ModelConfig
 from mf_scale.errors import UserError
+from mf_scale.fragments import checkpoint_weights
 from mf_scale.models.build import build_model
-from mf_scale.models.weights import compare, load_weights, read_weights
-from mf_scale.rundir import WEIGHTS, resolve_checkpoint
+from mf_scale.models.weights import compare, load_tensors
+from mf_scale.rundir import resolve_checkpoint
 from mf_scale.vocabulary import Vocabulary
 
 CLASS_HEADS = {
@@ -24,7 +25,8 @@ CLASS_HEADS = {
 
 
 def initial_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> tuple[nn.Module, list[str]]:
-    """The model on the CPU with the weights of `checkpoint` (a resumed run's own), `train.init_from` or neither.
+    """The model on the CPU with the weights of `checkpoint` (a resumed run's own, raw), `train.init_from` (those that
+    eval.weights asks for) or neither.
 
     With train.reinit_head the class head of `init_from` is left out and starts anew, which the notes list; a resumed
     run's checkpoint has its own class head and is taken whole. Raises UserError for weights that do not fit.
@@ -34,9 +36,11 @@ def initial_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | Non
     _refuse_uneven_crop(model, config)
     if source is None:
         return model, []
+    # A resumed run goes on with what was trained; another run's average is the better start where it has one.
+    given = checkpoint_weights(source, "raw" if checkpoint else config.eval.weights)
     if checkpoint is None and config.train.reinit_head:
-        return model, [_load_all_but_class_head(model, source / WEIGHTS, config.model.kind)]
-    load_weights(model, source / WEIGHTS)
+        return model, [_load_all_but_class_head(model, given, source, config.model.kind)]
+    load_tensors(model, given, where=source)
     return model, []
 
 
@@ -57,21 +61,21 @@ def _bare(config: ModelConfig) -> ModelConfig:
     return replace(config, backbone=replace(config.backbone, weights="none"))
 
 
-def _load_all_but_class_head(model: nn.Module, file: Path, kind: str) -> str:
+def _load_all_but_class_head(model: nn.Module, given: dict[str, Tensor], source: Path, kind: str) -> str:
     """Load what does not depend on the classes; a table of what starts anew. UserError where the rest does not fit."""
-    given, own = read_weights(file), model.state_dict()
+    own = model.state_dict()
     anew = [name for name in own if _is_of_classes(name, kind)]
     kept = {name: value for name, value in given.items() if not _is_of_classes(name, kind)}
     report = compare({name: value for name, value in own.items() if name not in anew}, kept)
     if not report.complete:
         raise UserError(
             f"the weights do not fit the model, even without the class head:\n{report.table()}\n",
-            where=str(file),
+            where=str(source),
             remedy="They come from another model configuration.",
         )
     model.load_state_dict(kept, strict=False)
-    lines = [f"  anew       {name} {_shape(own[name])} ({_shape(given.get(name))} in {file.parent})" for name in anew]
-    return "\n".join([f"{report.matched} tensors taken from {file.parent}, the class head starts anew:", *lines])
+    lines = [f"  anew       {name} {_shape(own[name])} ({_shape(given.get(name))} in {source})" for name in anew]
+    return "\n".join([f"{report.matched} tensors taken from {source}, the class head starts anew:", *lines])
 
 
 def _is_of_classes(name: str, kind: str) -> bool:

@@ -13,24 +13,6 @@ _NO_DECAY_TYPES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnor
 _NO_DECAY_NAMES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token")
 
 
-class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it is when a gradient is not finite, and counts that.
-
-    ZeRO stages 1 and 2 do so themselves; at stage 0 the engine would turn every parameter into NaN. Gradients are
-    averaged over ranks before the step, so all ranks decide alike.
-    """
-
-    skipped_steps = 0
-
-    def step(self, closure: Any = None) -> Any:
-        """One update, or none and `skipped_steps` + 1."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
-            self.skipped_steps += 1
-            return None
-        return super().step(closure)
-
-
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups named `backbone`, `backbone/no_decay`, `rest`, `rest/no_decay`; norms and embeddings do not decay."""
     groups: dict[str, list[nn.Parameter]] = {}
@@ -55,11 +37,11 @@ def _decays(model: nn.Module, name: str) -> bool:
     return not norm and not name.endswith(_NO_DECAY_NAMES)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> FiniteAdamW:
-    """AdamW over `parameter_groups`."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, as the engine wants it: fused, so that it clips and skips on the device."""
     betas = (config.betas[0], config.betas[1])
     # One pass over the memory instead of a dozen: 2.8 ms instead of 21.6 for 4 M parameters on one CPU core.
-    return FiniteAdamW(parameter_groups(model, config), lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def group_table(groups: list[dict[str, Any]]) -> str:

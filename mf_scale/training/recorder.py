@@ -36,27 +36,32 @@ class Recorder:
         self.failure: UserError | None = None
         """Why metrics.jsonl could not be written (a full disk). The ranks hear of it at the next step, together."""
 
-    def event(self, event: str, **values: Any) -> None:
-        """Append an event at the present step."""
+    def event(self, event: str, *, step: int | None = None, **values: Any) -> None:
+        """Append an event of `step` (the present one where none is given)."""
+        at = self._session.state.step if step is None else step
         if self._log:
             try:
-                self._log.write(event, self._session.state.step, **values)
+                self._log.write(event, at, **values)
             except UserError as error:
                 self.failure = self.failure or error
         if self._wandb and event in _TO_WANDB:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             prefix = "train" if event == "step" else event
-            self._wandb.log(self._session.state.step, {f"{prefix}/{k}": v for k, v in numbers.items()})
+            self._wandb.log(at, {f"{prefix}/{name}": value for name, value in _numbers(values)})
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the person wherever they are, through W&B; `note` tells the console."""
+        if self._wandb:
+            self._wandb.alert(title, text)
 
     def flush(self) -> None:
         """Force what was written to the disk: a committed checkpoint must not know more steps than the metrics."""
         if self._log:
             self._log.flush()
 
-    def step(self, means: dict[str, Any], **values: Any) -> None:
-        """Append the means of a logging interval and show them."""
-        self.event("step", **means, **values)
-        left = self._session.config.train.steps - self._session.state.step
+    def step(self, step: int, means: dict[str, Any], **values: Any) -> None:
+        """Append the means of the logging interval that ends with `step` and show them."""
+        self.event("step", step=step, **means, **values)
+        left = self._session.config.train.steps - step
         self._latest = {
             "loss": means["loss"],
             "images_per_second": means["images_per_second"],
@@ -64,7 +69,7 @@ class Recorder:
             "eta": left * means["step_time"],
         }
         if self._progress:
-            self._progress.update(self._session.state.step, **self._latest)
+            self._progress.update(step, **self._latest)
 
     def tick(self) -> None:
         """Move the live line of a terminal on between logging intervals."""
@@ -82,11 +87,21 @@ class Recorder:
         """Leave the live line standing, let W&B finish within its time limit."""
         if self._progress:
             self._progress.close()
-        lost = self._wandb.finish(exit_code) if self._wandb else None
+        preempting = exit_code == EXIT_STOPPED
+        lost = self._wandb.finish(exit_code, preempting=preempting) if self._wandb else None
         if lost:
             self.note(lost)
         if self._log:
             self._log.close()
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """Numbers under their names, those of a mapping as `name/inner`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 @contextmanager
@@ -117,6 +132,8 @@ def _announce(session: Session, recorder: Recorder) -> None:
         resumed=session.resumed,
         world=session.world.size,
         global_batch=config.train.global_batch,
+        micro_batch=session.plan.micro_batch,
+        data=state.data.to_dict(),
         steps=config.train.steps,
         versions={"mf_scale": __version__, "python": platform.python_version(), **versions},
     )

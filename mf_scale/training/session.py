@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,23 +13,30 @@ import torch
 
 from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config
-from mf_scale.config.validate import BatchPlan, plan_batch
+from mf_scale.config.validate import BatchPlan, plan_batch, plan_note
 from mf_scale.data.index import Index
 from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
+from mf_scale.fragments import read_fragments
 from mf_scale.kernels.choose import choose_kernels, fallback_reason
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.terms import StepLoss
 from mf_scale.models.build import serving_kernel
 from mf_scale.rundir import CONFIG, STATE, VOCABULARY, RunDir, read_json
 from mf_scale.training.compiling import compile_model
+from mf_scale.training.contents import contents
+from mf_scale.training.ema import Ema
 from mf_scale.training.initial import initial_model
-from mf_scale.training.moments import read_moments
 from mf_scale.training.optimizer import build_optimizer, group_table
+from mf_scale.training.precision import autocast, set_numerics
 from mf_scale.training.preflight import examine, settle
+from mf_scale.training.snapshot import FileContents
+from mf_scale.training.spike import Rollback
 from mf_scale.training.state import TrainState
+from mf_scale.training.statistics import MovingStatistics
+from mf_scale.training.transfer import Transfer
 
 
 @dataclass
@@ -44,6 +51,10 @@ class Session:
     index: Index
     validation: Index | None
     engine: Engine
+    ema: Ema | None
+    """The moving average of the weights, where the run keeps one."""
+    transfer: Transfer
+    statistics: MovingStatistics
     criterion: StepLoss
     state: TrainState
     settings: dict[str, str]
@@ -52,13 +63,33 @@ class Session:
     notes: list[str]
     """What a person should know about this start."""
 
+    def contents(self) -> list[FileContents]:
+        """The files of a checkpoint that this rank writes."""
+        return contents(self.engine, self.ema, self.world)
+
+    @property
+    def validated(self) -> str:
+        """Which weights are validated: ema where the run keeps an average, else raw."""
+        return "ema" if self.ema is not None and self.config.eval.weights != "raw" else "raw"
+
+    def validated_weights(self) -> AbstractContextManager[None]:
+        """A block in which the model has the weights that are validated."""
+        return self.ema.in_place() if self.ema is not None and self.validated == "ema" else nullcontext()
+
 
 @contextmanager
-def open_session(config: Config, world: World, device: torch.device) -> Iterator[Session]:
-    """Build or resume the run of `config.run_dir`, holding its lock; raises UserError before anything is changed."""
+def open_session(
+    config: Config, world: World, device: torch.device, rollback: Rollback | None = None
+) -> Iterator[Session]:
+    """Build or resume the run of `config.run_dir`, holding its lock; raises UserError before anything is changed.
+
+    After a `rollback` it goes on from the newest checkpoint with the data order that the rollback planned.
+    """
     run = RunDir(Path(config.run_dir))
     lock: list[int] = []
+    engine: Engine | None = None
     try:
+        numerics = set_numerics(config, device)
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
         index = comm.together(lambda: Index.open(str(config.data.train)))
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
@@ -70,19 +101,24 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
             comm.together(lambda: compile_model(model, device))
         kernels = comm.together(lambda: _kernels(config, device))
         engine = Engine(model.to(device), optimizer, config, plan, world)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        ema = Ema(engine, config.ema.decay) if config.ema.decay else None
+        with autocast(device, config.train.precision):
             notes = [
                 *found["notes"],
                 *started_with,
                 *getattr(model.backbone, "notes", ()),
                 f"attention: {serving_kernel(config.model.attention, device)}",
                 *kernels,
+                *numerics,
+                *filter(None, [plan_note(config, plan)]),
                 groups,
             ]
         state, message = comm.together(lambda: _state(config, index, checkpoint))
+        if rollback is not None:
+            rollback.apply(state)
         if checkpoint is not None:
             engine.prepare_moments(state.updates)
-            comm.together(lambda: read_moments(engine.needed_fragments(), checkpoint))
+            comm.together(lambda: _read_tensors(engine, ema, checkpoint))
         settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(index.vocabulary.to_dict(), indent=1)}
         validation = comm.together(lambda: Index.open(config.data.val) if config.data.val else None)
         notes += comm.on_first_rank(lambda: settle(run, settings, [Path(folder) for folder in found["damaged"]]))
@@ -95,6 +131,9 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
             index=index,
             validation=validation,
             engine=engine,
+            ema=ema,
+            transfer=Transfer(device),
+            statistics=MovingStatistics(engine.module),
             criterion=choose_criterion(config, len(index.vocabulary)),
             state=state,
             settings=settings,
@@ -102,8 +141,18 @@ def open_session(config: Config, world: World, device: torch.device) -> Iterator
             notes=[*notes, *([message] if message else [])],
         )
     finally:
+        if engine is not None:
+            engine.close()
         while lock:
             os.close(lock.pop())
+
+
+def _read_tensors(engine: Engine, ema: Ema | None, checkpoint: Path) -> None:
+    """Moments, average and loss scale of a checkpoint; its weights were the model's before it was wrapped."""
+    read_fragments(engine.needed_fragments(), checkpoint)
+    if ema is not None:
+        read_fragments(ema.fragments(), checkpoint, average_from_weights=True)
+    engine.loss_scale.load(read_json(checkpoint / STATE)["loss_scale"])
 
 
 def _kernels(config: Config, device: torch.device) -> list[str]:

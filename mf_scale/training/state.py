@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
+from mf_scale import __version__
 from mf_scale.data.state import DataState
+from mf_scale.rundir import RunDir
 
 
 @dataclass
@@ -25,6 +31,20 @@ class TrainState:
     """The last step a validation loss was finished at."""
     data: DataState
     """Segments of the data order."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps without an update, as far back as the guard against dead steps looks."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last updates, where the guard against spikes is on."""
+    rollbacks: list[dict[str, int]] = field(default_factory=list)
+    """Times a spike took the run back: its `step`, the step it went back `to`, the global batches `skipped` there."""
+    best: tuple[int, float] | None = None
+    """Step and loss of the lowest validation loss so far."""
+
+    def note_validation(self, loss: float) -> None:
+        """A validation was finished at the present step; one that is not finite is never the best."""
+        self.validated = self.step
+        if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
+            self.best = (self.step, loss)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -34,6 +54,10 @@ class TrainState:
             "quarantined": self.quarantined,
             "validated": self.validated,
             "data": self.data.to_dict(),
+            "skipped": list(self.skipped),
+            "losses": list(self.losses),
+            "rollbacks": list(self.rollbacks),
+            "best": self.best,
         }
 
     @staticmethod
@@ -45,4 +69,27 @@ class TrainState:
             int(data["quarantined"]),
             int(data["validated"]),
             DataState.from_dict(data["data"]),
+            skipped=[int(step) for step in data["skipped"]],
+            losses=[float(loss) for loss in data["losses"]],
+            rollbacks=[dict(rollback) for rollback in data["rollbacks"]],
+            best=(int(data["best"][0]), float(data["best"][1])) if data["best"] else None,
         )
+
+
+def surroundings(run: RunDir, *, world: int, stage: int, seed: int) -> dict[str, Any]:
+    """What a checkpoint says of how it came about beside the state; nothing is computed from it."""
+    wandb = run.wandb / "run-id"
+    return {
+        "seed": seed,
+        "world": world,
+        "zero_stage": stage,
+        "versions": library_versions(),
+        "wandb_id": wandb.read_text(encoding="utf-8").strip() if wandb.is_file() else None,
+    }
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of this program, Python and the libraries that results may depend on."""
+    libraries = {name: version(name) for name in ("torch", "deepspeed", "webdataset", "timm")}
+    return {"mf_scale": __version__, "python": platform.python_version(), **libraries}

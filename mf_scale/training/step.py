@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mf_scale import faults
 from mf_scale.config.validate import BatchPlan
 from mf_scale.data.batch import Batch
-from mf_scale.data.collate import cut
 from mf_scale.distributed import comm
-from mf_scale.distributed.engine import Engine, StepOutcome
+from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.losses.terms import StepLoss
+from mf_scale.distributed.gradients import StepOutcome
+from mf_scale.losses.terms import LossTerms, StepLoss
+from mf_scale.training.late import Late
+from mf_scale.training.seeding import seed_model
+from mf_scale.training.statistics import MovingStatistics
+from mf_scale.training.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -29,33 +34,89 @@ class Agreement:
     """Some rank was asked to stop."""
     save: bool
     """Rank 0's clock says that a checkpoint is due."""
+    written: bool
+    """Every rank has written its part of the checkpoint under way."""
     quarantined: int
     """Samples of this step that were replaced, all ranks."""
     failed: bool
     """Some rank cannot go on (it has no batch, or nowhere to write): all of them end here, nobody is left waiting."""
+    loss: float
+    """Loss over all ranks of the step whose share was brought along; NaN where there was none."""
+
+
+def agree(
+    batch: Batch | None,
+    criterion: StepLoss,
+    *,
+    stop: bool,
+    save: bool,
+    written: bool,
+    failed: bool,
+    loss: float,
+    world: World,
+) -> Agreement:
+    """Sum what the step needs over the ranks. Micro-batches are parts of `batch`, so its totals are theirs.
+
+    `loss` is this rank's share of the loss of the last step whose outcome is known, or NaN.
+    """
+    bad, totals = 0, [0.0] * criterion.summed
+    if batch is not None:
+        bad = sum(event.get("event") == "quarantine" for event in batch.events)
+        totals = [*criterion.totals(batch)]
+    mine = np.array([stop, save, written, failed, bad, loss, *totals], dtype=np.float64)
+    stops, saves, writes, fails, bad, loss, *totals = comm.sum_array(mine).tolist()
+    return Agreement(
+        criterion.normalisers(totals), bool(stops), bool(saves), writes == world.size, int(bad), bool(fails), loss
+    )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did on this rank."""
+    """What a step did on this rank; its values are on their way from the device."""
 
-    outcome: StepOutcome
-    terms: Tensor
-    """fp32 on the device, by `StepLoss.names`: this rank's share of the step's weighted loss terms."""
+    step: int
+    """Its number, from 1."""
+    keys: list[list[str]]
+    """Samples of each micro-batch."""
     counts: list[int]
     """By `StepLoss.counted`, of this rank."""
     replaced_costs: list[dict[str, object]]
     """Non-finite matching costs that were replaced."""
+    terms: int
+    """Loss terms of a micro-batch."""
+    values: Late
+    """Terms of each micro-batch, then applied, loss scale and the norms of the parameter groups."""
+
+    def read(self) -> StepValues:
+        """The values; waits where the device has not come that far."""
+        values, behind = self.values.read(), self.terms * len(self.keys)
+        applied, scale, *norms = values[behind:]
+        return StepValues(
+            [values[i : i + self.terms] for i in range(0, behind, self.terms)], bool(applied), scale, norms
+        )
 
 
-def agree(batch: Batch | None, criterion: StepLoss, *, stop: bool, save: bool, failed: bool) -> Agreement:
-    """Sum what the step needs over the ranks. Micro-batches are parts of `batch`, so its totals are theirs."""
-    flags, totals = [stop, save, 0, failed], [0.0] * criterion.summed
-    if batch is not None:
-        flags[2] = sum(event.get("event") == "quarantine" for event in batch.events)
-        totals = [*criterion.totals(batch)]
-    stops, saves, bad, fails, *totals = comm.sum_array(np.array([*flags, *totals], dtype=np.float64)).tolist()
-    return Agreement(criterion.normalisers(totals), bool(stops), bool(saves), int(bad), bool(fails))
+@dataclass(frozen=True)
+class StepValues:
+    """The numbers of a step on the host."""
+
+    terms: list[list[float]]
+    """This rank's share of the step's weighted loss terms: by micro-batch, then by `StepLoss.names`."""
+    applied: bool
+    """False where the step had no update, on any rank."""
+    loss_scale: float
+    group_norms: list[float]
+    """L2 norm of each parameter group's gradient before clipping, the same on every rank."""
+
+    @property
+    def loss(self) -> float:
+        """This rank's share of the step's loss."""
+        return sum(sum(terms) for terms in self.terms)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the gradient before clipping."""
+        return sum(norm**2 for norm in self.group_norms) ** 0.5
 
 
 def train_step(
@@ -64,48 +125,48 @@ def train_step(
     batch: Batch,
     agreement: Agreement,
     *,
+    transfer: Transfer,
+    statistics: MovingStatistics,
     plan: BatchPlan,
     world: World,
     seed: int,
     step: int,
-    device: torch.device,
-    lr_factor: float,
+    lr_factor: Callable[[], float],
 ) -> StepResult:
-    """Train on this rank's share of global batch `step`."""
-    terms = torch.zeros(len(criterion.names), device=device)
-    counts, replaced = [0] * len(criterion.counted), []
-    # The engine averages over ranks and accumulation; the normalisers already belong to the whole step.
-    scale = plan.world_size * plan.accumulation
+    """Train on this rank's share of global batch `step` (from 0).
+
+    `lr_factor` is asked between the last backward pass and the update: what became of the step before is known by then.
+    """
+    terms: list[Tensor] = []
+    counts, replaced, keys = [0] * len(criterion.counted), [], []
     outcome = None
-    for number in range(plan.accumulation):
-        first = number * plan.micro_batch
-        micro = to_device(cut(batch, first, first + plan.micro_batch), device)
-        seed_model(seed, step, lane=world.rank + world.size * first)
+    for number, micro in enumerate(transfer.micro_batches(batch, plan.micro_batch)):
+        seed_model(seed, step, lane=world.rank + world.size * number * plan.micro_batch)
         losses = criterion(engine.forward(micro.images), micro, agreement.normalisers)
-        engine.backward(losses.total * scale)
-        terms += torch.stack([losses.terms[name] for name in criterion.names])
+        if faults.is_ordered("nan", "loss", rank=world.rank, step=step + 1):
+            losses = poisoned(losses)
+        engine.backward(losses.total)
+        terms.append(torch.stack([losses.terms[name] for name in criterion.names]))
         counts = [so_far + losses.counts[name] for so_far, name in zip(counts, criterion.counted, strict=True)]
         replaced += losses.nonfinite
+        keys.append(micro.keys)
         if number + 1 < plan.accumulation:
             engine.end_micro_batch()
         else:
-            outcome = engine.step(lambda group: group["base_lr"] * lr_factor)
+            outcome = engine.step(lr_factor())
+            statistics.end_step(outcome.applied)
     assert outcome is not None  # accumulation is at least 1
-    return StepResult(outcome, terms, counts, replaced)
+    return StepResult(step + 1, keys, counts, replaced, len(criterion.names), Late(_flat(terms, outcome)))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    names = ("images", "segment_map", "labels", "segment_layer")
-    return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
+def _flat(terms: list[Tensor], outcome: StepOutcome) -> Tensor:
+    """Everything the host wants to know of a step in one tensor, so in one copy."""
+    last = torch.cat([outcome.applied.float().view(1), outcome.loss_scale.view(1), outcome.group_norms])
+    return torch.cat([*terms, last]).float()
 
 
-def seed_model(seed: int, step: int, lane: int) -> None:
-    """Seed what is random in the model (dropout, stochastic depth) from the step and the micro-batch's first lane.
-
-    So a resumed run repeats it, and nothing of the generators needs saving.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{lane}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+def poisoned(losses: LossTerms) -> LossTerms:
+    """The loss with its total and its first term made NaN, for tests."""
+    first = next(iter(losses.terms))
+    terms = {**losses.terms, first: losses.terms[first] * float("nan")}
+    return LossTerms(losses.total * float("nan"), terms, losses.counts, losses.nonfinite)

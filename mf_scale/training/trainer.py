@@ -8,106 +8,135 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+
+from mf_scale import faults
 from mf_scale.config.schema import Config
 from mf_scale.data.batch import Batch
 from mf_scale.data.loader import train_steps
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.errors import GuardError, StoppedOnRequest, UserError
-from mf_scale.training.meter import Meter
+from mf_scale.training.garbage import held_off_the_step
+from mf_scale.training.ledger import Ledger, Spike
 from mf_scale.training.preemption import StopFlag
 from mf_scale.training.recorder import Recorder, open_recorder
 from mf_scale.training.saver import Saver
 from mf_scale.training.schedule import lr_factor
 from mf_scale.training.session import Session, open_session
+from mf_scale.training.spike import Rollback
 from mf_scale.training.step import Agreement, StepResult, agree, train_step
+from mf_scale.training.turning_back import turn_back
 from mf_scale.training.validation import validation_loss
 
 
 def train(config: Config, world: World, flag: StopFlag) -> None:
+    """Join the ranks, then `train_run`."""
+    with comm.process_group(world, timeout=config.train.collective_timeout) as device:
+        train_run(config, world, device, flag)
+
+
+def train_run(config: Config, world: World, device: torch.device, flag: StopFlag) -> None:
     """Train or go on training `config.run_dir` to its last step.
 
     Raises StoppedOnRequest once a requested stop is committed, UserError for a mistake, GuardError when going on
     would spoil the run.
     """
-    with (
-        comm.process_group(world, timeout=config.train.collective_timeout) as device,
-        open_session(config, world, device) as session,
-    ):
-        with open_recorder(session) as recorder:
-            stopped = _run(session, recorder, flag)
-        # Together: the first exit code that srun sees makes it end the other ranks.
-        comm.barrier()
-        if stopped:
+    rollback: Rollback | None = None
+    while True:
+        if comm.sum_array(np.array([int(flag.wanted)]))[0]:  # asked while the program was starting
+            comm.barrier()
             raise StoppedOnRequest
+        with open_session(config, world, device, rollback) as session, open_recorder(session) as recorder:
+            end = _run(session, recorder, flag)
+            # Together: the first exit code that srun sees makes it end the other ranks.
+            comm.barrier()
+            if end == "stop":
+                raise StoppedOnRequest
+            rollback = turn_back(session, recorder, end) if isinstance(end, Spike) else None
+        if rollback is None:
+            return
 
 
-def _run(session: Session, recorder: Recorder, flag: StopFlag) -> bool:
-    saver = Saver(session, recorder)
+def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
+    """Train until the last step ("done"), until the ranks agree to stop ("stop") or until a loss jumps."""
+    saver, ledger = Saver(session, recorder), Ledger(session, recorder)
     if session.state.step >= session.config.train.steps:
         recorder.note(f"nothing to do: {session.state.step:,} of {session.config.train.steps:,} steps are done")
-    stopped = _run_steps(session, recorder, saver, flag)
+    comm.together(saver.prepare)
+    stopped = _run_steps(session, recorder, saver, ledger, flag)
+    if ledger.halted:
+        saver.finish()
+    if ledger.dead is not None:
+        ledger.stop_dead_run()
+    if ledger.spike is not None:
+        return ledger.spike
     saver.save_last()
-    reason = (flag.reason or "asked through another rank") if stopped else "done"
-    recorder.event("stop", reason=reason)
-    return stopped
+    recorder.event("stop", reason=(flag.reason or "asked through another rank") if stopped else "done")
+    return "stop" if stopped else "done"
 
 
-def _run_steps(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag) -> bool:
-    """Take steps until the last one (False) or until the ranks agree to stop (True)."""
+def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledger, flag: StopFlag) -> bool:
+    """Take steps until the last one (False), until the ranks agree to stop (True) or `ledger.halted`."""
     config, state = session.config, session.state
-    meter = Meter(session.device, session.criterion)
-    skipped_in_a_row = 0
     # A validation that a stop interrupted is made up for.
-    meter.pause(_validate_if_due(session, recorder, flag))
-    with closing(_stream(session)) as stream:
+    ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
+    with closing(_stream(session)) as stream, held_off_the_step(config.train.gc_every) as collector:
         while state.step < config.train.steps:
-            batch, waited, failure = _next_batch(stream, recorder)
+            batch, waited, failure = _next_batch(session, stream, recorder)
             agreement = agree(
                 batch,
                 session.criterion,
                 stop=flag.wanted,
                 save=saver.due_by_time(),
+                written=saver.written(),
                 failed=failure is not None,
+                loss=ledger.loss_share(),
+                world=session.world,
             )
-            if agreement.failed or agreement.stop:
-                _log(session, recorder, meter)
+            ledger.judge(agreement.loss)
+            if agreement.written:
+                saver.commit()
+            if agreement.failed or agreement.stop or agreement.save:
+                ledger.close(state.step)
+            if ledger.halted:
+                return False
             if agreement.failed:
                 saver.save()
                 comm.together(partial(_raise, failure))
             if agreement.stop:
                 return True
-            if agreement.save:
-                _log(session, recorder, meter)
-                meter.pause(saver.save())
+            if agreement.save and not ledger.in_dead_row:
+                ledger.meter.pause(saver.save())
             assert batch is not None  # else the step had failed
-            result = _train_step(session, batch, agreement)
-            meter.add(result, config.train.global_batch, waited)
+            ledger.book(_train_step(session, batch, agreement, ledger), waited)
             state.step += 1
             state.samples += config.train.global_batch
-            state.updates += result.outcome.applied
+            faults.reach("train.step", rank=session.world.rank, step=state.step)
             _record_samples(session, recorder, batch, agreement)
-            skipped_in_a_row = 0 if result.outcome.applied else skipped_in_a_row + 1
-            _guard(session, recorder, result, skipped_in_a_row)
-            if state.step % config.train.log_every == 0 or state.step == config.train.steps:
-                _log(session, recorder, meter, grad_norm=result.outcome.grad_norm)
             recorder.tick()
-            meter.pause(_validate_if_due(session, recorder, flag))
-            if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0:
-                _log(session, recorder, meter)
-                meter.pause(saver.save())
+            collector.collect_if_due(state.step)
+            if state.step == config.train.steps or _validation_due(session) or _save_due(session):
+                ledger.close(state.step)
+            if ledger.halted:
+                return False
+            ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
+            if _save_due(session) and not ledger.in_dead_row:
+                ledger.meter.pause(saver.save())
     comm.together(lambda: _raise(recorder.failure))
     return _validation_due(session)
 
 
 def _next_batch(
-    stream: Generator[tuple[int, Batch], None, None], recorder: Recorder
+    session: Session, stream: Generator[tuple[int, Batch], None, None], recorder: Recorder
 ) -> tuple[Batch | None, float, UserError | None]:
-    """This rank's next batch, the seconds it waited, and why this rank cannot go on, if so."""
+    """This rank's next batch, on its way to the device; the seconds it waited; why this rank cannot go on, if so."""
     began = time.perf_counter()
     batch, failure = None, recorder.failure
     try:
         _, batch = next(stream)
+        session.transfer.start(batch, session.plan.micro_batch)
     except UserError as error:
         failure = error
     return batch, time.perf_counter() - began, failure
@@ -130,19 +159,25 @@ def _stream(session: Session) -> Generator[tuple[int, Batch], None, None]:
     )
 
 
-def _train_step(session: Session, batch: Batch, agreement: Agreement) -> StepResult:
+def _train_step(session: Session, batch: Batch, agreement: Agreement, ledger: Ledger) -> StepResult:
     config, state = session.config, session.state
+
+    def factor() -> float:
+        ledger.settle()  # the rate follows the updates, of which the step before may have been one
+        return lr_factor(config.schedule, state.updates, config.train.steps)
+
     return train_step(
         session.engine,
         session.criterion,
         batch,
         agreement,
+        transfer=session.transfer,
+        statistics=session.statistics,
         plan=session.plan,
         world=session.world,
         seed=config.seed,
         step=state.step,
-        device=session.device,
-        lr_factor=lr_factor(config.schedule, state.updates, config.train.steps),
+        lr_factor=factor,
     )
 
 
@@ -170,26 +205,11 @@ def _flat(parts: list[list[Any]] | None) -> list[Any]:
     return [item for part in parts or () for item in part]
 
 
-def _guard(session: Session, recorder: Recorder, result: StepResult, skipped_in_a_row: int) -> None:
-    if result.replaced_costs:
-        recorder.note(f"non-finite matching costs were replaced: {result.replaced_costs[0]}")
-    if skipped_in_a_row == 0:
-        return
-    recorder.event("skipped", in_a_row=skipped_in_a_row)
-    recorder.note(f"step {session.state.step}: gradients were not finite, no update ({skipped_in_a_row} in a row)")
-    if skipped_in_a_row >= session.config.train.max_skipped_steps:
-        what = f"{skipped_in_a_row} steps in a row had non-finite gradients: the run is dead"
-        where = f"step {session.state.step} of {session.run.path}"
-        remedy = "Lower optimizer.lr or use train.precision=fp32; the last committed checkpoint is intact."
-        raise comm.agreed(GuardError(what, where=where, remedy=remedy))
-
-
-def _log(session: Session, recorder: Recorder, meter: Meter, grad_norm: float | None = None) -> None:
-    """Write the means of the steps since the last line, if any; also early, before what they tell could be lost."""
-    config, state = session.config, session.state
-    if meter.steps:
-        factor = lr_factor(config.schedule, max(0, state.updates - 1), config.train.steps)
-        recorder.step(meter.read(), updates=state.updates, lr=config.optimizer.lr * factor, grad_norm=grad_norm)
+def _save_due(session: Session) -> bool:
+    """By steps, or because the validation at this step was the best so far."""
+    config, state = session.config.checkpoint, session.state
+    best = config.keep_best and state.best is not None and state.best[0] == state.step
+    return best or (bool(config.every_steps) and state.step % config.every_steps == 0)
 
 
 def _validation_due(session: Session) -> bool:
@@ -198,22 +218,26 @@ def _validation_due(session: Session) -> bool:
     return here and session.validation is not None and state.validated < state.step
 
 
-def _validate_if_due(session: Session, recorder: Recorder, flag: StopFlag) -> float:
-    """Seconds it took. A stop in between leaves the validation due."""
+def _validate_if_due(session: Session, recorder: Recorder, ledger: Ledger, flag: StopFlag) -> float:
+    """Seconds it took. A stop in between leaves the validation due. The steps before it are settled."""
     began = time.perf_counter()
     if _validation_due(session) and session.validation is not None:
-        values = validation_loss(
-            session.engine,
-            session.criterion,
-            session.validation,
-            session.config,
-            session.world,
-            session.device,
-            lambda: flag.wanted,
-        )
+        faults.reach("train.validation", rank=session.world.rank, step=session.state.step)
+        with session.validated_weights():
+            values = validation_loss(
+                session.engine,
+                session.criterion,
+                session.validation,
+                session.config,
+                session.plan,
+                session.world,
+                session.transfer,
+                lambda: flag.wanted,
+            )
         if values is not None:
-            session.state.validated = session.state.step
-            recorder.event("validation", **values)
+            session.state.note_validation(values["loss"])
+            told: dict[str, Any] = {"weights": session.validated, **values}
+            recorder.event("validation", **told)
             bad = f", without {values['undecodable']} samples that do not decode" if values["undecodable"] else ""
             recorder.note(f"step {session.state.step}: validation loss {values['loss']:.4g}{bad}")
     return time.perf_counter() - began

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mf_scale.config.schema import Config
+from mf_scale.config.validate import BatchPlan
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import cut
 from mf_scale.data.index import Index
@@ -16,7 +17,7 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
 from mf_scale.losses.terms import StepLoss
-from mf_scale.training.step import to_device
+from mf_scale.training.transfer import Transfer
 
 _SEED = 0
 """Of what is random in a loss: its sampled points are then a function of the sample's key alone."""
@@ -27,8 +28,9 @@ def validation_loss(
     criterion: StepLoss,
     index: Index,
     config: Config,
+    plan: BatchPlan,
     world: World,
-    device: torch.device,
+    transfer: Transfer,
     stop_wanted: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Loss terms over the first `eval.loss_samples` samples, or None where a stop was agreed on in between.
@@ -41,10 +43,10 @@ def validation_loss(
     engine.train(False)
     try:
         with torch.no_grad():
-            for batch in _batches(index, config, world):
+            for batch in _batches(index, config, plan, world):
                 if comm.sum_array(np.array([int(stop_wanted())]))[0]:
                     return None
-                sums += _batch_sums(engine, criterion, batch, device)
+                sums += _batch_sums(engine, criterion, batch, transfer)
     finally:
         engine.train(True)
     *values, bad = comm.sum_array(sums).tolist()
@@ -58,23 +60,22 @@ def validation_loss(
     }
 
 
-def _batches(index: Index, config: Config, world: World) -> Iterator[Batch]:
+def _batches(index: Index, config: Config, plan: BatchPlan, world: World) -> Iterator[Batch]:
     count = min(config.eval.loss_samples, index.samples)
-    return loss_batches(
-        index, config.data, count=count, batch=config.train.micro_batch, rank=world.rank, world=world.size
-    )
+    return loss_batches(index, config.data, count=count, batch=plan.micro_batch, rank=world.rank, world=world.size)
 
 
-def _batch_sums(engine: Engine, criterion: StepLoss, batch: Batch, device: torch.device) -> np.ndarray:
+def _batch_sums(engine: Engine, criterion: StepLoss, batch: Batch, transfer: Transfer) -> np.ndarray:
     """Sums of the terms and of their normalisers, and the samples that do not decode.
 
     Places without a sample (key "", at the end of the batch) count nothing.
     """
     real = sum(key != "" for key in batch.keys)
     kept = cut(batch, 0, max(real, 1))
-    micro = to_device(kept, device)
+    there = next(transfer.micro_batches(batch, len(batch)))
+    micro = cut(there, 0, len(kept))
     # All places go through the model: a compiled one is made for one shape.
-    prediction = engine.forward(to_device(batch, device).images).first(len(kept.keys))
+    prediction = engine.forward(there.images).first(len(kept.keys))
     torch.manual_seed(_SEED)  # training seeds every micro-batch itself, so nothing is lost
     losses = criterion(prediction, micro, criterion.normalisers([1.0] * criterion.summed))
     bad = sum(event["event"] == "quarantine" for event in batch.events)

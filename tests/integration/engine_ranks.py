@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mf_scale.config.load import load_config
@@ -15,8 +16,11 @@ from mf_scale.config.validate import plan_batch
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World, world_from_environment
-from mf_scale.training.moments import moments_file, read_moments, write_moments
+from mf_scale.fragments import checkpoint_weights, read_fragments
+from mf_scale.training.contents import contents
+from mf_scale.training.ema import Ema
 from mf_scale.training.optimizer import build_optimizer
+from mf_scale.training.precision import set_numerics
 
 
 class Net(nn.Module):
@@ -40,60 +44,89 @@ def main() -> None:
     world = world_from_environment()
     with comm.process_group(world, timeout=60) as device:
         for name, options in scenarios.items():
-            result = scenario(folder, options, world, device)
+            result = scenario(folder, name, options, world, device)
             if world.first:
-                print("RESULT" + json.dumps({name: result}), flush=True)
+                with (folder / f"results-{world.size}.jsonl").open("a") as results:
+                    results.write(json.dumps([name, result]) + "\n")
 
 
-def scenario(folder: Path, options: dict, world: World, device: torch.device) -> dict:
+def scenario(folder: Path, name: str, options: dict, world: World, device: torch.device) -> dict:
     """Train `steps` of a model, from the saved state `load` if named, and leave it as `save` if named."""
     fixed = ["train.global_batch=8", "optimizer.lr=0.01", "optimizer.clip_norm=0.5"]
     layout = {"zero.stage": options["stage"], "train.micro_batch": options["micro"]}
+    layout |= {f"zero.offload_{what}": "true" for what in options.get("offload", ())}
+    layout |= {"train.tf32": "false", "train.deterministic": str(device.type == "cuda").lower()}
     precision = options.get("precision", "fp32")
     config = load_config(None, [*fixed, f"train.precision={precision}", *(f"{k}={v}" for k, v in layout.items())])
+    set_numerics(config, device)
     torch.manual_seed(0)
     model = Net().train()
     # Batch statistics depend on how the batch is cut: frozen, so that every layout computes the same.
     model.backbone[1].eval()
     saved = folder / str(options.get("load"))
     if "load" in options:
-        model.load_state_dict(torch.load(saved / "weights.pt", weights_only=True))
+        model.load_state_dict(checkpoint_weights(saved, "raw"))
     plan = plan_batch(config, world.size)
     engine = Engine(model.to(device), build_optimizer(model, config.optimizer), config, plan, world)
+    engine.loss_scale.load([options.get("scale", 1024.0), 0.0])  # fits from the first step on, in every layout
+    ema = Ema(engine, 0.9)
     if "load" in options:
         engine.prepare_moments(options["steps"][0])
-        read_moments(engine.needed_fragments(), saved)
-    outcomes = [_step(engine, plan, world, step, options) for step in range(*options["steps"])]
-    if "save" in options:
-        target = folder / options["save"]
-        target.mkdir(exist_ok=True)
-        write_moments(engine.owned_fragments(), target / moments_file(world.rank, world.size))
-        if world.first:
-            torch.save(engine.module.state_dict(), target / "weights.pt")
-        comm.barrier()
-    weights = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+        engine.loss_scale.load(json.loads((saved / "scale.json").read_text()))
+        read_fragments(engine.needed_fragments(), saved)
+        read_fragments(ema.fragments(), saved)
+    outcomes = []
+    for step in range(*options["steps"]):
+        outcomes.append(_step(engine, plan, world, step, options, device))
+        if outcomes[-1].applied:
+            ema.update(step + 1)
+    target = folder / options.get("save", f"end-{world.size}-{name}")
+    write(target, engine, ema, world)
+    with ema.in_place():
+        averaged = engine.forward(torch.ones(2, 3, 6, 6, device=device)).sum().item()
+    raw, average = (flat(checkpoint_weights(target, which)) for which in ("raw", "ema"))
+    engine.close()
     return {
-        "digest": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
-        "weights": weights.tolist(),
-        "applied": [outcome.applied for outcome in outcomes],
+        "digest": hashlib.sha256(torch.cat([raw, average]).numpy().tobytes()).hexdigest(),
+        "weights": raw.tolist(),
+        "average": average.tolist(),
+        "averaged": averaged,
+        "applied": [bool(outcome.applied) for outcome in outcomes],
+        "norms": [outcome.group_norms.tolist() for outcome in outcomes],
     }
 
 
-def _step(engine: Engine, plan, world, step: int, options: dict):
+def write(target: Path, engine: Engine, ema: Ema, world: World) -> None:
+    """A checkpoint's tensors, without the rest of it."""
+    target.mkdir(exist_ok=True)
+    for file in contents(engine, ema, world):
+        save_file(
+            {n: t.detach().contiguous().clone() for n, t in file.tensors.items()}, target / file.name, file.metadata
+        )
+    if world.first:
+        (target / "scale.json").write_text(json.dumps(engine.loss_scale.to_list()))
+    comm.barrier()
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
+
+
+def _step(engine: Engine, plan, world, step: int, options: dict, device: torch.device):
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(8, 3, 6, 6, generator=generator)
-    target = torch.randn(8, 5, 3, generator=generator)
+    images = torch.randn(8, 3, 6, 6, generator=generator).to(device)
+    target = torch.randn(8, 5, 3, generator=generator).to(device)
     lanes = torch.arange(world.rank, 8, world.size)
     for number in range(plan.accumulation):
         lane = lanes[number * plan.micro_batch : (number + 1) * plan.micro_batch]
         output = engine.forward(images[lane])
-        loss = ((output.float() - target[lane]) ** 2).sum() / 8 * world.size * plan.accumulation
+        loss = ((output.float() - target[lane]) ** 2).sum() / 8
         if step == options.get("poison") and world.rank == world.size - 1:
             loss = loss * float("nan")
         engine.backward(loss)
         if number + 1 < plan.accumulation:
             engine.end_micro_batch()
-    return engine.step(lambda group: group["base_lr"])
+    return engine.step(1.0)
 
 
 main()

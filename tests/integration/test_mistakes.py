@@ -35,7 +35,7 @@ def handlers() -> Iterator[None]:
 def train(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     """The paragraph that `mf-scale train` says about a mistake, in one process."""
     sources = [f"data.train={packed}/train", f"data.val={packed}/val", f"run_dir={tmp_path}/run", "train.steps=2"]
-    arguments = ["train", str(ROOT / "configs/base.yaml"), *SMALL, *sources, *overrides, "--processes", "1"]
+    arguments = ["train", str(ROOT / "configs/base.yaml"), *SMALL, *sources, "--processes", "1", *overrides]
     assert main(arguments) == 2
     text = capsys.readouterr().err
     assert "Traceback" not in text
@@ -146,7 +146,8 @@ def test_a_shard_cut_short_in_mid_run_ends_all_ranks_and_loses_nothing(tmp_path,
 
 
 def test_batch_that_cannot_be_cut(tmp_path, packed, capsys):
-    assert "train.micro_batch = 3 does not divide" in train(tmp_path, packed, capsys, "train.micro_batch=3")
+    told = train(tmp_path, packed, capsys, "train.global_batch=4", "--processes", "3")
+    assert "train.global_batch = 4 cannot be shared by 3 ranks" in told
 
 
 def test_a_run_directory_in_use(tmp_path, packed, capsys):

@@ -37,6 +37,7 @@ def test_a_run_leaves_what_it_should(undisturbed: Run) -> None:
     names = {p.name for p in undisturbed.folder.iterdir()}
     assert {"config.yaml", "vocabulary.json", "metrics.jsonl", "checkpoints", "wandb"} <= names
     assert sorted(p.name for p in (undisturbed.folder / "checkpoints").iterdir()) == [
+        "latest",
         "step-00000004",
         "step-00000008",
         "step-00000010",

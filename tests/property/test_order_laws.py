@@ -18,7 +18,7 @@ from mf_scale.data.order import (
     window,
     worker_share,
 )
-from mf_scale.data.state import DataState, open_segment
+from mf_scale.data.state import DataState, leave_out, open_segment
 
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 batches = st.integers(1, 48)
@@ -122,6 +122,53 @@ def reopen(state: DataState, step: int, **changes):
     last = state.segments[-1]
     names = ("digest", "samples", "seed", "global_batch", "block_samples", "shuffle")
     return open_segment(state, step, **{**{name: getattr(last, name) for name in names}, **changes})
+
+
+ranges = st.lists(st.tuples(st.integers(0, 25), st.integers(1, 12)), min_size=1, max_size=3)
+
+
+@FAST
+@given(shards, batches, shuffles, st.integers(0, 9), ranges)
+def test_leaving_out_a_range_leaves_the_rest_as_it_was(shard_samples, global_batch, shuffle, first_epoch, left_out):
+    """Also ranges behind, before and across ranges that were left out earlier."""
+    law = segment(shard_samples, global_batch, 16, shuffle, first_step=3, first_epoch=first_epoch)
+    state, expected = DataState((law,)), list(range(3, 80))
+    for after, count in left_out:
+        first = 3 + after
+        state = leave_out(state, first, count)
+        del expected[after : after + count]
+    assert DataState.from_dict(state.to_dict()) == state
+    order = SampleOrder(law, shard_samples)
+    for step, undisturbed in enumerate(expected[:40], start=3):
+        wanted = positions(law, undisturbed)
+        assert (positions(state.at(step), step) == wanted).all(), (step, undisturbed)
+        same = SampleOrder(state.at(step), shard_samples).sample_ids(wanted)
+        assert (same == order.sample_ids(wanted)).all()
+
+
+@FAST
+@given(shards, batches, batches, st.integers(0, 20), st.integers(1, 12), st.integers(0, 30))
+def test_a_changed_batch_after_or_before_a_range_left_out(shard_samples, before, after, first, count, cut):
+    """The new order begins behind everything that was read, and a range that was still to be left out goes."""
+    if before == after:
+        return
+    gone_back = leave_out(DataState((segment(shard_samples, before, 16, "blocks"),)), first, count)
+    state, message = reopen(gone_back, cut, global_batch=after)
+    new = state.at(cut)
+    assert all(state.at(cut + more) is new for more in range(50))
+    assert [s.first_step for s in state.segments] == sorted(s.first_step for s in state.segments)
+    read = [int(p) for step in range(cut) for p in positions(gone_back.at(step), step)]
+    start = new.first_epoch * new.samples
+    passed = len(read) + (count * before if cut >= first else 0)
+    assert positions(new, cut).min() == start and all(p < start for p in read)
+    assert f" {start - passed} samples" in message and start - passed < new.samples
+
+
+def test_a_state_without_offsets_is_read():
+    """As checkpoints had it before ranges could be left out."""
+    old = DataState((segment([9], 4, 8, "blocks"),)).to_dict()
+    del old["segments"][0]["offset"]
+    assert DataState.from_dict(old).at(5).offset == 0
 
 
 @FAST

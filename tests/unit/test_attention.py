@@ -81,8 +81,13 @@ def test_xformers_equals_the_reference_on_a_gpu():
     for length in range(1, 18):
         for width in (8, 12):
             q, k, v, bias, mask = (t.cuda() for t in _inputs(length, width, torch.float32))
-            wanted, got = (attention(q, k, v, bias, mask, kernel) for kernel in ("reference", "xformers"))
-            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+            windowed = (
+                bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            )  # as Swin's: the heads lie side by side
+            for some_bias, some_mask in ((None, None), (bias, mask), (windowed, None)):
+                inputs = (q, k, v, some_bias, some_mask)
+                wanted, got = (attention(*inputs, kernel) for kernel in ("reference", "xformers"))
+                torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
 def _particular(q, k, v, attn_bias=None, p=0.0, scale=None):
@@ -101,8 +106,10 @@ def test_what_xformers_gets_is_padded_and_aligned(length, width, monkeypatch):
     monkeypatch.setattr(room, "_xformers_ops", lambda: SimpleNamespace(memory_efficient_attention=_particular))
     q, k, v, bias, mask = _inputs(length, width)
     shared = bias[:1, :1].transpose(-1, -2).contiguous().transpose(-1, -2)  # rows do not lie side by side
+    windowed = bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as Swin's: the heads lie side by side
     column = bias[..., :1].detach()
-    for some_bias, some_mask in ((None, None), (bias, None), (shared, mask), (None, mask), (column, mask[:, :, :1])):
+    given = ((None, None), (bias, None), (shared, mask), (windowed, None), (None, mask), (column, mask[:, :, :1]))
+    for some_bias, some_mask in given:
         wanted = attention(q, k, v, some_bias, some_mask, "reference", open_rows=True)
         got = room._xformers(q, k, v, room._merged(q.dtype, length, some_bias, some_mask), 0.0)
         rows = wanted.isfinite()

@@ -18,7 +18,7 @@ from mf_scale.data.batch import IGNORE, NO_LABEL
 from mf_scale.data.collate import join
 from mf_scale.data.loader import RankStream, eval_samples, loss_batches, train_steps
 from mf_scale.data.order import SampleOrder, positions
-from mf_scale.data.state import DataState
+from mf_scale.data.state import DataState, leave_out
 from mf_scale.data.storage import Storage
 from mf_scale.errors import GuardError, UserError
 from tests.sources import make_source, open_state, small_config
@@ -31,8 +31,8 @@ def index(tmp_path_factory):
     return make_source(tmp_path_factory.mktemp("source"), [9, 6, 8])
 
 
-def steps(index, config, count, *, global_batch=4, rank=0, world=1, step=0, seed=5):
-    state = open_state(index, config, global_batch, seed)
+def steps(index, config, count, *, global_batch=4, rank=0, world=1, step=0, seed=5, state=None):
+    state = state or open_state(index, config, global_batch, seed)
     stream = train_steps(index, state, config, seed=seed, rank=rank, world=world, step=step)
     try:
         return list(islice(stream, count))
@@ -40,10 +40,11 @@ def steps(index, config, count, *, global_batch=4, rank=0, world=1, step=0, seed
         stream.close()
 
 
-def over_ranks(index, config, count, *, global_batch=4, world=1, step=0):
+def over_ranks(index, config, count, *, global_batch=4, world=1, step=0, state=None):
     """(step, global batch in lane order) from all ranks."""
     ranks = [
-        steps(index, config, count, global_batch=global_batch, rank=r, world=world, step=step) for r in range(world)
+        steps(index, config, count, global_batch=global_batch, rank=r, world=world, step=step, state=state)
+        for r in range(world)
     ]
     out = []
     for parts in zip(*ranks, strict=True):
@@ -74,6 +75,17 @@ def test_a_resume_at_any_step_goes_on_as_the_uninterrupted_run(index):
     for cut, workers in ((1, 0), (6, 2), (11, 0)):
         resumed = over_ranks(index, small_config(workers=workers), 14 - cut, world=2, step=cut)
         assert_same(whole[cut:], resumed)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 3), (4, 2)])
+def test_a_range_that_is_left_out_ahead_is_missing_from_the_stream_and_nothing_else(index, world, workers):
+    """A run that went back to step 3 and leaves out the global batches 5 to 7 when it comes there."""
+    config = small_config(workers=workers)
+    whole = over_ranks(index, small_config(), 14)
+    state = leave_out(open_state(index, config, 4, 5), 5, 3)
+    found = over_ranks(index, config, 8, world=world, step=3, state=state)
+    kept = [*whole[3:5], *whole[8:14]]
+    assert_same([(step, *rest) for step, (_, *rest) in enumerate(kept, start=3)], found)
 
 
 def test_the_keys_are_those_of_the_order_and_every_sample_comes_once(index):
@@ -197,7 +209,7 @@ def test_the_stream_draws_nothing_from_global_generators(index):
 def test_a_stream_travels_to_a_spawned_process(index):
     """Where fork is not the default, all a worker needs travels pickled."""
     config = small_config()
-    stream = RankStream(index, open_state(index, config, 4, 5).at(0), config, 5, np.arange(4), 0)
+    stream = RankStream(index, open_state(index, config, 4, 5), config, 5, np.arange(4), 0)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         keys = pool.apply_async(_first_keys, (stream,)).get(timeout=60)
     assert keys == steps(index, config, 1)[0][1].keys

@@ -19,6 +19,7 @@ from mf_scale.losses.mask_loss import mask_loss
 from mf_scale.losses.point_loss import point_losses
 from mf_scale.losses.reference import dense_mask
 from mf_scale.training import validation
+from mf_scale.training.transfer import Transfer
 from tests.random_batches import CLASSES, as_embeddings, part, random_batch, random_prediction
 
 KEYS = ("a", "b")
@@ -131,7 +132,7 @@ def test_a_batchs_points_are_those_of_its_parts():
 
 def _validation_sums(criterion, prediction, batch):
     engine: Any = SimpleNamespace(forward=lambda images: prediction)
-    return validation._batch_sums(engine, criterion, batch, torch.device("cpu"))
+    return validation._batch_sums(engine, criterion, batch, Transfer(torch.device("cpu")))
 
 
 def test_the_validation_loss_does_not_depend_on_the_seed_of_training():

@@ -17,7 +17,7 @@ from mf_scale.rundir import (
     newest_sound_checkpoint,
     resolve_checkpoint,
 )
-from mf_scale.training.checkpoint import retain, set_aside, sweep
+from mf_scale.training.checkpoint import set_aside, sweep
 
 
 def make(run: RunDir, step: int, text: str = "weights") -> Path:
@@ -42,7 +42,7 @@ def test_newest_first_and_half_written_never(run: RunDir) -> None:
     (run.checkpoints / ".writing-step-00000012").mkdir()
     assert [f.name for f in committed_checkpoints(run)] == ["step-00000010", "step-00000009"]
     assert sorted(sweep(run)) == [".writing-step-00000012", "step-00000011"]
-    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "step-00000009", "step-00000010"]
+    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "latest", "step-00000009", "step-00000010"]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest"])
@@ -73,18 +73,6 @@ def test_a_manifest_cannot_name_a_file_outside(run: RunDir) -> None:
     (run.path / "secret").write_text("x")
     (folder / MANIFEST).write_text(json.dumps({"files": {"../../secret": {"size": 1, "sha256": "0"}}}))
     assert checkpoint_damage(folder) == "secret is missing"
-
-
-def test_retention_keeps_the_newest_and_the_only_sound_one(run: RunDir) -> None:
-    for step in range(1, 6):
-        make(run, step)
-    assert len(retain(run, 2)) == 3
-    assert [f.name[-1] for f in committed_checkpoints(run)] == ["5", "4"]
-    for folder in committed_checkpoints(run):
-        (folder / "weights.safetensors").unlink()
-    sound = make(run, 3)
-    assert retain(run, 2) == []
-    assert newest_sound_checkpoint(run)[0] == sound
 
 
 def test_nothing_to_load_says_so(run: RunDir) -> None:

@@ -89,6 +89,12 @@ def transcendentals(compiled: Any) -> int:
     return len(re.findall(r"\b(ex2|lg2)\.approx", compiled.asm["ptx"]))
 
 
+def carried(compiled: Any) -> set[str]:
+    """Types of what the loops hand from one round to the next."""
+    results = re.findall(r"scf\.for .* -> \((.*?)\)  ?: \w+ \{", compiled.asm["ttir"])
+    return {kind for result in results for kind in re.split(r", ?(?![^<]*>)", result)}
+
+
 def stack_bytes(compiled: Any, folder: Path) -> int:
     """What a thread keeps in memory for want of registers."""
     import triton
@@ -119,14 +125,20 @@ def test_mask_loss_compiles_to_three_transcendentals_a_pixel_and_no_atomics(
         assert one or transcendentals(compiled) == 3 * 4  # loops of known length are unrolled
         assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
         assert stack_bytes(compiled, tmp_path) == 0, "registers are spilled to memory"
+        assert not {"i32", "i64"} & carried(compiled), "Triton 3.6 loses a whole number that is carried"
     finish = {"EXCLUDE": exclude, "BLOCK": 512, "enable_fp_fusion": True} | ({"pixels": 1} if one else {})
     assert compile_for_gpu(kernels.mask_loss_finish, tensors, floats, finish).asm["cubin"]
 
 
+KIB = 1024
+
+
+@pytest.mark.parametrize(("memory", "used"), [(99 * KIB, 97 * KIB), (163 * KIB, 116 * KIB)], ids=["99 KiB", "163 KiB"])
 @pytest.mark.parametrize(("dtype", "segments"), [(torch.bfloat16, 15), (torch.float32, 15), (torch.bfloat16, 100)])
-def test_cost_compiles_to_three_transcendentals_a_logit_in_96_kib(
-    dtype: torch.dtype, segments: int, tmp_path: Path
+def test_cost_compiles_to_three_transcendentals_a_logit_in_the_shared_memory(
+    dtype: torch.dtype, segments: int, memory: int, used: int, tmp_path: Path
 ) -> None:
+    """Of GPUs since Ampere, and of A100 and H100."""
     from mf_scale.kernels import triton_cost_kernels as kernels
 
     embedding = "*bf16" if dtype == torch.bfloat16 else "*fp32"
@@ -134,11 +146,11 @@ def test_cost_compiles_to_three_transcendentals_a_logit_in_96_kib(
     tensors |= {"queries": embedding, "features": embedding, "maps": "*i16", "segment_map": "*i16"}
     tensors |= {"segment_layer": "*i64", "labels": "*i64"}
     floats = {"alpha", "class_weight", "focal_weight", "dice_weight"}
-    form = blocks(600, 256, segments, 160 * 160, dtype)
+    form = blocks(600, 256, segments, 160 * 160, dtype, memory)
     form |= {"GAMMA": 2.0, "EXCLUDE": False, "IGNORE": IGNORE, "LAYERS": 1, "GPU": True}  # type: ignore[dict-item]
     compiled = compile_for_gpu(kernels.cost_sums, tensors, floats, form, aligned=("C", "pixels"))
     assert transcendentals(compiled) == 3 * form["BN"] * form["BP"] // (32 * form["num_warps"])
-    assert compiled.metadata.shared <= 96 * 1024
+    assert compiled.metadata.shared <= used
     assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
     if segments == 15:
         assert stack_bytes(compiled, tmp_path) == 0, "registers are spilled to memory"

@@ -1,0 +1,47 @@
+"""A run that goes back: from a loss that jumped to the last checkpoint from before it."""
+
+from __future__ import annotations
+
+from mf_scale.distributed import comm
+from mf_scale.rundir import committed_checkpoints
+from mf_scale.training.checkpoint import set_aside
+from mf_scale.training.guard import checkpoint_step, sound_checkpoint_before
+from mf_scale.training.ledger import Spike
+from mf_scale.training.recorder import Recorder
+from mf_scale.training.session import Session
+from mf_scale.training.spike import Rollback, plan_rollback
+
+
+def turn_back(session: Session, recorder: Recorder, spike: Spike) -> Rollback:
+    """What the session that follows takes along; checkpoints that have seen the spike are set aside.
+
+    Raises GuardError where the run has gone back too often. Without a checkpoint from before, it begins anew.
+    """
+    keys = comm.broadcast_object(_flat(comm.gather_objects(spike.keys)))
+    back_to = comm.on_first_rank(lambda: _step_before(session, spike.step))
+    where = str(session.run.path)
+    rollback = plan_rollback(session.state, session.config.guard, step=spike.step, to=back_to, keys=keys, where=where)
+    comm.on_first_rank(lambda: _set_aside_later(session, spike.step))
+    left_out = session.config.guard.spike_skip
+    recorder.event("rollback", spike=spike.step, to=back_to, skipped=left_out, keys=keys)
+    sentence = (
+        f"the loss of step {spike.step} jumped: going back to step {back_to}, and there without {left_out} batches"
+    )
+    recorder.note(sentence)
+    recorder.alert("the loss jumped", sentence)
+    return rollback
+
+
+def _step_before(session: Session, step: int) -> int:
+    """On rank 0: the step of the checkpoint to go back to; 0 where there is none."""
+    before = sound_checkpoint_before(session.run, step)
+    return checkpoint_step(before) if before else 0
+
+
+def _set_aside_later(session: Session, step: int) -> None:
+    """On rank 0: no start takes a checkpoint that has seen the spike."""
+    set_aside(f for f in committed_checkpoints(session.run) if checkpoint_step(f) >= step)
+
+
+def _flat(parts: list[list[str]] | None) -> list[str]:
+    return [key for part in parts or () for key in part]

@@ -1,0 +1,28 @@
+"""Ranks of test_exact.py: train runs in one go, and others that are stopped and resumed in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+from mf_scale.config.load import load_config
+from mf_scale.distributed import comm
+from mf_scale.distributed.env import world_from_environment
+from mf_scale.errors import StoppedOnRequest
+from mf_scale.faults import VARIABLE
+from mf_scale.training.preemption import install_handlers
+from mf_scale.training.trainer import train_run
+
+
+def main() -> None:
+    world = world_from_environment()
+    with comm.process_group(world, timeout=120) as device:
+        for overrides, fault in json.loads(sys.argv[1]):
+            os.environ[VARIABLE] = fault
+            with contextlib.suppress(StoppedOnRequest):
+                train_run(load_config(None, overrides), world, device, install_handlers())
+
+
+main()
