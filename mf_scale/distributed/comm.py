@@ -154,9 +154,17 @@ def barrier() -> None:
 
 def broadcast_tensors(tensors: list[torch.Tensor]) -> None:
     """Rank 0's values into these tensors of every rank, in place."""
-    if _several():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    if not _several():
+        return
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        # In one piece: a hundred small broadcasts took 0.15 s of every save.
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _several() -> bool:

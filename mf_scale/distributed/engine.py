@@ -137,8 +137,8 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def owned_fragments(self) -> Iterator[Fragment]:
-        """What this rank alone writes into a checkpoint: over all ranks every element of the moments once (none before
-        an update), at stage 3 the weights too."""
+        """What this rank alone writes into a checkpoint: over all ranks every element of the moments once, at stage 3
+        the weights too."""
         share = self._world.size if self.stage == 0 else 1
         for number, fragment in enumerate(self._partition.moments()):
             if number % share == self._world.rank % share:
@@ -150,9 +150,10 @@ class Engine:
         return self._partition.moments()
 
     def prepare_moments(self, updates: int) -> None:
-        """Make room for the moments after `updates` updates, all zero; `needed_fragments` then gives them."""
-        if updates == 0:
-            return
+        """Make room for the moments after `updates` updates, all zero; `needed_fragments` then gives them.
+
+        Before the first update too: memory that does not suffice shows at the start, and every save has the same shape.
+        """
         for values in self._partition.memory():
             self._torch_optimizer.state[values] = {
                 "step": torch.tensor(float(updates), dtype=torch.float32, device=values.device),

@@ -27,7 +27,7 @@ class Partition(Protocol):
         """The tensors that torch's optimizer works on, which are the keys of its state."""
 
     def moments(self) -> Iterator[Fragment]:
-        """Views into the optimizer's moments; none before the first update."""
+        """Views into the optimizer's moments."""
 
     def weights(self) -> dict[str, Tensor]:
         """Memory of the weights that the forward pass reads, by parameter: whole, at stage 3 this rank's stretch."""

@@ -61,7 +61,7 @@ def freeze_norms(model: nn.Module) -> nn.Module:
 def _frozen(norm: Any, x: Tensor) -> Tensor:
     numbers = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     trains = torch.is_grad_enabled() and x.requires_grad
-    out: Tensor = _FrozenNorm.apply(x, *numbers) if trains else _normalised(x, *numbers)  # type: ignore[no-untyped-call]
+    out: Tensor = _FrozenNorm.apply(x, *numbers) if trains else _normalised(x, *numbers)
     return norm.act(norm.drop(out)) if hasattr(norm, "act") else out
 
 
@@ -82,7 +82,7 @@ class _FrozenNorm(torch.autograd.Function):
         return _normalised(x, mean, variance, weight, bias, eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         variance, weight = ctx.saved_tensors
         grad = _normalised(grads[0], torch.zeros_like(variance), variance, weight, None, ctx.eps)
         return grad, None, None, None, None, None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
-from mf_scale import __version__
 from mf_scale.config.load import config_to_dict
 from mf_scale.distributed import comm
 from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
@@ -18,6 +15,7 @@ from mf_scale.tracking.console import ProgressLine
 from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.tracking.wandb_run import WandbRun
 from mf_scale.training.session import Session
+from mf_scale.training.state import library_versions
 
 _TO_WANDB = ("step", "validation")
 _TICK_SECONDS = 0.5
@@ -126,7 +124,7 @@ def open_recorder(session: Session) -> Iterator[Recorder]:
 
 def _announce(session: Session, recorder: Recorder) -> None:
     config, state = session.config, session.state
-    versions = {name: version(name) for name in ("torch", "deepspeed", "webdataset", "timm")}
+    versions = library_versions()
     recorder.event(
         "start",
         resumed=session.resumed,
@@ -135,11 +133,11 @@ def _announce(session: Session, recorder: Recorder) -> None:
         micro_batch=session.plan.micro_batch,
         data=state.data.to_dict(),
         steps=config.train.steps,
-        versions={"mf_scale": __version__, "python": platform.python_version(), **versions},
+        versions=versions,
     )
-    libraries = " ".join(f"{name} {number}" for name, number in versions.items())
+    libraries = " ".join(f"{name} {number}" for name, number in versions.items() if name != "python")
     recorder.note(
-        f"mf_scale {__version__} · {libraries} · {session.world.size} x {session.device.type} · "
+        f"{libraries} · {session.world.size} x {session.device.type} · "
         f"ZeRO-{config.zero.stage} {config.train.precision}"
     )
     for note in session.notes:

@@ -116,8 +116,8 @@ def open_session(
         state, message = comm.together(lambda: _state(config, index, checkpoint))
         if rollback is not None:
             rollback.apply(state)
+        engine.prepare_moments(state.updates)
         if checkpoint is not None:
-            engine.prepare_moments(state.updates)
             comm.together(lambda: _read_tensors(engine, ema, checkpoint))
         settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(index.vocabulary.to_dict(), indent=1)}
         validation = comm.together(lambda: Index.open(config.data.val) if config.data.val else None)

@@ -142,6 +142,7 @@ def train_step(
     outcome = None
     for number, micro in enumerate(transfer.micro_batches(batch, plan.micro_batch)):
         seed_model(seed, step, lane=world.rank + world.size * number * plan.micro_batch)
+        faults.reach("train.forward", rank=world.rank, step=step + 1)
         losses = criterion(engine.forward(micro.images), micro, agreement.normalisers)
         if faults.is_ordered("nan", "loss", rank=world.rank, step=step + 1):
             losses = poisoned(losses)

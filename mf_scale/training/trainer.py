@@ -45,6 +45,7 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
     """
     rollback: Rollback | None = None
     while True:
+        faults.reach("start", rank=world.rank, step=0)
         if comm.sum_array(np.array([int(flag.wanted)]))[0]:  # asked while the program was starting
             comm.barrier()
             raise StoppedOnRequest
@@ -80,6 +81,7 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
 def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledger, flag: StopFlag) -> bool:
     """Take steps until the last one (False), until the ranks agree to stop (True) or `ledger.halted`."""
     config, state = session.config, session.state
+    faults.reach("train.first", rank=session.world.rank, step=state.step)
     # A validation that a stop interrupted is made up for.
     ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
     with closing(_stream(session)) as stream, held_off_the_step(config.train.gc_every) as collector:
@@ -104,6 +106,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
                 return False
             if agreement.failed:
                 saver.save()
+                saver.finish()
                 comm.together(partial(_raise, failure))
             if agreement.stop:
                 return True
@@ -114,7 +117,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
             state.step += 1
             state.samples += config.train.global_batch
             faults.reach("train.step", rank=session.world.rank, step=state.step)
-            _record_samples(session, recorder, batch, agreement)
+            _record_samples(session, recorder, saver, batch, agreement)
             recorder.tick()
             collector.collect_if_due(state.step)
             if state.step == config.train.steps or _validation_due(session) or _save_due(session):
@@ -181,7 +184,7 @@ def _train_step(session: Session, batch: Batch, agreement: Agreement, ledger: Le
     )
 
 
-def _record_samples(session: Session, recorder: Recorder, batch: Batch, agreement: Agreement) -> None:
+def _record_samples(session: Session, recorder: Recorder, saver: Saver, batch: Batch, agreement: Agreement) -> None:
     """Write quarantined samples and, where wanted, the step's keys; stop when too many samples are bad."""
     config, state = session.config, session.state
     if agreement.quarantined:
@@ -193,6 +196,7 @@ def _record_samples(session: Session, recorder: Recorder, batch: Batch, agreemen
         if share > config.data.max_bad_fraction:
             what = f"{state.quarantined} samples could not be decoded, {share:.2%} of what was read"
             where = f"{config.data.train}, data.max_bad_fraction = {config.data.max_bad_fraction}"
+            saver.finish()
             remedy = "Run `python -m data_tools verify` on the source; metrics.jsonl names every sample."
             raise comm.agreed(GuardError(what, where=where, remedy=remedy))
     if config.data.log_keys:

@@ -1,4 +1,4 @@
-"""Rank of test_loop.py: takes steps of a real session as the trainer does and tells where the host waited.
+"""Rank of test_loop.py: trains as the program does and tells where the host waited in some of the steps.
 
 Arguments: a file for the result, then overrides of the configuration.
 """
@@ -7,105 +7,66 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from mf_scale.config.load import load_config
-from mf_scale.data.batch import Batch
-from mf_scale.data.loader import train_steps
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import world_from_environment
-from mf_scale.training.ledger import Ledger
-from mf_scale.training.recorder import open_recorder
-from mf_scale.training.schedule import lr_factor
-from mf_scale.training.session import Session, open_session
-from mf_scale.training.step import agree, train_step
+from mf_scale.training import trainer
+from mf_scale.training.preemption import install_handlers
 from tests.gpu.waits import recorded
 
-WARM, WATCHED = 2, 4
-"""Steps that compile and probe, and steps that are watched after them; as many again are profiled."""
+WATCHED, PROFILED = range(3, 7), range(8, 12)
+"""Steps, from 1; the first ones compile and probe."""
 _RUNTIME = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 def main() -> None:
     target, overrides = Path(sys.argv[1]), sys.argv[2:]
+    told: dict[str, Any] = {"steps": len(WATCHED)}
+    stream = trainer.train_steps
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        """The trainer's batches. A step is what happens between asking for one and asking for the next."""
+        with ExitStack() as around:
+            for number, item in enumerate(stream(*arguments, **options), 1):
+                if number in (WATCHED.start, PROFILED.start):
+                    around.enter_context(waits(told) if number == WATCHED.start else runtime(told))
+                if number in (WATCHED.stop, PROFILED.stop):
+                    around.close()
+                yield item
+
+    trainer.train_steps = watched  # type: ignore[assignment]
     world = world_from_environment()
+    config = load_config(None, [*overrides, f"train.steps={PROFILED.stop + 1}"])
     with comm.process_group(world, timeout=60) as device:
-        config = load_config(None, overrides)
-        with open_session(config, world, device) as session, open_recorder(session) as recorder:
-            result = watch(session, Ledger(session, recorder))
-    target.write_text(json.dumps(result))
+        trainer.train_run(config, world, device, install_handlers())
+    told["micro_batches"] = len(WATCHED) * config.train.global_batch // config.train.micro_batch
+    target.write_text(json.dumps(told))
 
 
-def watch(session: Session, ledger: Ledger) -> dict[str, Any]:
-    """Waits of the watched steps, and the calls of CUDA's runtime that wait in those profiled."""
-    state = session.state
-    stream = train_steps(
-        session.index,
-        state.data,
-        session.config.data,
-        seed=session.config.seed,
-        rank=session.world.rank,
-        world=session.world.size,
-        step=0,
-    )
-    with closing(stream):
-        for _ in range(WARM):
-            take_step(session, ledger, next(stream)[1])
-        batches = [next(stream)[1] for _ in range(2 * WATCHED)]
-        with recorded() as found:
-            for batch in batches[:WATCHED]:
-                take_step(session, ledger, batch)
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
-            for batch in batches[WATCHED:]:
-                take_step(session, ledger, batch)
-        ledger.settle()
-    events = [event.name for event in record.events() or ()]
-    return {
-        "stacks": found,
-        "micro_batches": WATCHED * session.plan.accumulation,
-        "steps": WATCHED,
-        "runtime": {name: events.count(name) for name in _RUNTIME},
-        "updates": state.updates,
-    }
+@contextmanager
+def waits(told: dict[str, Any]) -> Iterator[None]:
+    """Waits that torch or Python know of, with their stacks."""
+    with recorded() as found:
+        yield
+    told["stacks"] = found
 
 
-def take_step(session: Session, ledger: Ledger, batch: Batch) -> None:
-    """What the trainer does in one step of an undisturbed run."""
-    session.transfer.start(batch, session.plan.micro_batch)
-    agreement = agree(
-        batch,
-        session.criterion,
-        stop=False,
-        save=False,
-        written=False,
-        failed=False,
-        loss=ledger.loss_share(),
-        world=session.world,
-    )
-    ledger.judge(agreement.loss)
-
-    def factor() -> float:
-        ledger.settle()
-        return lr_factor(session.config.schedule, session.state.updates, session.config.train.steps)
-
-    result = train_step(
-        session.engine,
-        session.criterion,
-        batch,
-        agreement,
-        transfer=session.transfer,
-        plan=session.plan,
-        world=session.world,
-        seed=session.config.seed,
-        step=session.state.step,
-        lr_factor=factor,
-    )
-    ledger.book(result, 0.0)
-    session.state.step += 1
+@contextmanager
+def runtime(told: dict[str, Any]) -> Iterator[None]:
+    """How often CUDA was asked to wait, by whomever."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as record:
+        yield
+    names = [event.name for event in record.events() or ()]
+    told["runtime"] = {name: names.count(name) for name in _RUNTIME}
 
 
 main()

@@ -24,7 +24,7 @@ def test_random_faults_lose_nothing(tmp_path: Path, packed: Path, request: pytes
     run, chance = Run(tmp_path / "faulty", packed), random.Random(0)
     for number in range(faults):
         fault = chance.choice(FAULTS)
-        layout = [f"zero.stage={chance.choice((0, 1, 2))}", f"data.workers={chance.choice((0, 1, 2))}"]
+        layout = [f"zero.stage={chance.choice((0, 1, 2, 3))}", f"data.workers={chance.choice((0, 1, 2))}"]
         processes = chance.choice((1, 2))
         if processes == 1:
             fault = "stop rank 0" if fault == "kill rank 0" else fault
