@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -106,12 +107,26 @@ def make_reader(index: Index, config: DataConfig) -> SampleReader:
     )
 
 
+def _never() -> bool:
+    return False
+
+
 def train_steps(
-    index: Index, state: DataState, config: DataConfig, *, seed: int, rank: int, world: int, step: int
+    index: Index,
+    state: DataState,
+    config: DataConfig,
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+    step: int,
+    give_up: Callable[[], bool] = _never,
 ) -> Generator[tuple[int, Batch], None, None]:
     """Endless (step, this rank's samples of the step in lane order) from `step` on; CPU tensors.
 
-    Workers start at the first `next`; `.close()` ends them quietly. Quarantined samples are in the Batch's events.
+    It ends only where `give_up`, asked about once a second while the workers keep it waiting, is true. Without workers
+    nobody asks: a read, with its retries, comes to its end first. Workers start at the first `next`; `.close()` ends
+    them quietly. Quarantined samples are in the Batch's events.
     Raises UserError (a shard that went), GuardError (a block without a good sample), StorageError (reads that
     failed for good), RuntimeError naming rank and worker where a worker died.
     """
@@ -119,20 +134,24 @@ def train_steps(
     if segment.digest != index.digest:
         raise UserError("the data state belongs to another index", where=index.source, remedy="Open a segment first.")
     lanes = rank_lanes(segment.global_batch, rank, world)
-    return _steps(RankStream(index, state, config, seed, lanes, step), rank)
+    return _steps(RankStream(index, state, config, seed, lanes, step), rank, give_up)
 
 
-def _steps(stream: RankStream, rank: int) -> Generator[tuple[int, Batch], None, None]:
+def _steps(stream: RankStream, rank: int, give_up: Callable[[], bool]) -> Generator[tuple[int, Batch], None, None]:
     workers = stream.config.workers
     if workers:
-        parts: Iterator[Any] = worker_parts(stream, workers=workers, prefetch=stream.config.prefetch_steps, rank=rank)
+        ahead = stream.config.prefetch_steps
+        parts: Iterator[Any] = worker_parts(stream, workers=workers, prefetch=ahead, rank=rank, give_up=give_up)
     else:
         parts = iter(stream)
     per_step = max(1, workers) if len(stream.lanes) >= workers else 1
     step = stream.step
     try:
         while True:
-            yield step, join([_unpack(next(parts)) for _ in range(per_step)])
+            found = [_unpack(part) for part in islice(parts, per_step)]
+            if len(found) < per_step:  # given up
+                return
+            yield step, join(found)
             step += 1
     finally:
         if isinstance(parts, Generator):

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import cv2
@@ -18,14 +18,21 @@ from mf_scale.config.signals import STOPPING
 SHIELDED = tuple(signal.Signals[name] for name in STOPPING)
 """Whatever train.stop_signals may name; a worker that died of one would take the last save with it."""
 
+_LOOK_SECONDS = 1.0
+"""How often the wait for an item is interrupted to ask whether anybody still wants it."""
+_TIMED_OUT = "DataLoader timed out"
+"""How the error begins by which torch tells that an item has not come yet; nothing but its text sets it apart."""
 _REAP_SECONDS = 2.0
 """How long a broken connection waits for the end of the worker that broke it."""
 
 
-def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, rank: int) -> Generator[Any, None, None]:
+def worker_parts(
+    stream: IterableDataset[Any], *, workers: int, prefetch: int, rank: int, give_up: Callable[[], bool]
+) -> Generator[Any, None, None]:
     """Items of the stream's copies in `workers` processes, round robin; `prefetch` items ahead in each.
 
-    Raises RuntimeError naming rank and worker where one died, within seconds. `.close()` ends them quietly.
+    While an item keeps it waiting it asks `give_up` once a second, and ends where that is true. Raises RuntimeError
+    naming rank and worker where one died, within seconds. `.close()` ends them quietly and at once, also in a read.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -35,6 +42,7 @@ def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, r
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch,
+            timeout=_LOOK_SECONDS,
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
@@ -49,14 +57,20 @@ def worker_parts(stream: IterableDataset[Any], *, workers: int, prefetch: int, r
             try:
                 item = next(iterator)
             except (RuntimeError, ConnectionError, EOFError) as error:
+                if str(error).startswith(_TIMED_OUT):
+                    # The loader counts an item only once it has it: asked again, it goes on waiting for the same one.
+                    if give_up():
+                        return
+                    continue
                 # A worker that is killed while it hands something over shows as a broken connection.
                 raise _report_dead(processes, rank, error) from error
             yield item
     finally:
-        del iterator  # asks the processes to leave and waits some seconds for each
         for process in processes:
-            if process.is_alive():  # it sits in a read that is being retried, and ignores the gentler signals
-                process.kill()
+            # They only read. Asked to leave, one that sits in a read that hangs takes torch's five seconds, and each
+            # of the others five more after it, while a stop is waiting to be saved.
+            process.kill()
+        del iterator
 
 
 def _report_dead(processes: list[Any], rank: int, error: Exception) -> Exception:

@@ -84,13 +84,13 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
     faults.reach("train.first", rank=session.world.rank, step=state.step)
     # A validation that a stop interrupted is made up for.
     ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
-    with closing(_stream(session)) as stream, held_off_the_step(config.train.gc_every) as collector:
+    with closing(_stream(session, flag)) as stream, held_off_the_step(config.train.gc_every) as collector:
         while state.step < config.train.steps:
             batch, waited, failure = _next_batch(session, stream, recorder)
             agreement = agree(
                 batch,
                 session.criterion,
-                stop=flag.wanted,
+                stop=flag.wanted or batch is None,
                 save=saver.due_by_time(),
                 written=saver.written(),
                 failed=failure is not None,
@@ -112,7 +112,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
                 return True
             if agreement.save and not ledger.in_dead_row:
                 ledger.meter.pause(saver.save())
-            assert batch is not None  # else the step had failed
+            assert batch is not None  # else the step had failed, or the ranks had agreed to stop
             ledger.book(_train_step(session, batch, agreement, ledger), waited)
             state.step += 1
             state.samples += config.train.global_batch
@@ -134,12 +134,16 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
 def _next_batch(
     session: Session, stream: Generator[tuple[int, Batch], None, None], recorder: Recorder
 ) -> tuple[Batch | None, float, UserError | None]:
-    """This rank's next batch, on its way to the device; the seconds it waited; why this rank cannot go on, if so."""
+    """This rank's next batch, on its way to the device; the seconds it waited; why this rank cannot go on, if so.
+
+    No batch and no failure: a stop was asked for while the data kept it waiting.
+    """
     began = time.perf_counter()
     batch, failure = None, recorder.failure
     try:
-        _, batch = next(stream)
-        session.transfer.start(batch, session.plan.micro_batch)
+        _, batch = next(stream, (session.state.step, None))
+        if batch is not None:
+            session.transfer.start(batch, session.plan.micro_batch)
     except UserError as error:
         failure = error
     return batch, time.perf_counter() - began, failure
@@ -150,7 +154,7 @@ def _raise(failure: UserError | None) -> None:
         raise failure
 
 
-def _stream(session: Session) -> Generator[tuple[int, Batch], None, None]:
+def _stream(session: Session, flag: StopFlag) -> Generator[tuple[int, Batch], None, None]:
     return train_steps(
         session.index,
         session.state.data,
@@ -159,6 +163,7 @@ def _stream(session: Session) -> Generator[tuple[int, Batch], None, None]:
         rank=session.world.rank,
         world=session.world.size,
         step=session.state.step,
+        give_up=lambda: flag.wanted,
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mf_scale.config.load import load_config
@@ -75,6 +75,8 @@ def scenario(folder: Path, name: str, options: dict, world: World, device: torch
         engine.loss_scale.load(json.loads((saved / "scale.json").read_text()))
         read_fragments(engine.needed_fragments(), saved)
         read_fragments(ema.fragments(), saved)
+        write(folder / f"again-{world.size}-{name}", engine, ema, world)
+        again = moments_digest(folder / f"again-{world.size}-{name}")
     outcomes = []
     for step in range(*options["steps"]):
         outcomes.append(_step(engine, plan, world, step, options, device))
@@ -90,6 +92,8 @@ def scenario(folder: Path, name: str, options: dict, world: World, device: torch
         "digest": hashlib.sha256(torch.cat([raw, average]).numpy().tobytes()).hexdigest(),
         "weights": raw.tolist(),
         "average": average.tolist(),
+        "moments": moments_digest(target),
+        "loaded_moments": again if "load" in options else None,
         "averaged": averaged,
         "applied": [bool(outcome.applied) for outcome in outcomes],
         "norms": [outcome.group_norms.tolist() for outcome in outcomes],
@@ -106,6 +110,18 @@ def write(target: Path, engine: Engine, ema: Ema, world: World) -> None:
     if world.first:
         (target / "scale.json").write_text(json.dumps(engine.loss_scale.to_list()))
     comm.barrier()
+
+
+def moments_digest(folder: Path) -> str:
+    """Of Adam's moments, whole and in the order of their names, whichever ranks wrote them in whichever pieces."""
+    pieces: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for file in folder.glob("partition-*.safetensors"):
+        for key, values in load_file(file).items():
+            kind, start, name = key.split("/", 2)
+            if kind.startswith("exp_avg"):
+                pieces.setdefault((kind, name), {})[int(start)] = values
+    ordered = [pieces[place][start] for place in sorted(pieces) for start in sorted(pieces[place])]
+    return hashlib.sha256(torch.cat(ordered).numpy().tobytes()).hexdigest()
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -186,14 +186,14 @@ def test_a_backbones_activations_stay_half_under_autocast(name: str, monkeypatch
         with autocast(CPU, "bf16"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             backbone(images)
         kept.append((dtypes, sum(sizes.values())))
+    (half, less), (full, more) = kept
+    assert half == {torch.bfloat16} and full == {torch.float32}
+    assert less < 0.85 * more, less / more
     with torch.no_grad():
         exact = theirs.double()(images.double())
     for ours_out, theirs_out, wanted in zip(*features, exact, strict=True):
         # 1e-3 in a deep network with numbers drawn at random, where rounding grows from layer to layer: in both alike.
         assert float((ours_out - wanted).norm()) < 1.5 * float((theirs_out - wanted).norm()) + 1e-6 * wanted.norm()
-    (half, less), (full, more) = kept
-    assert half == {torch.bfloat16} and full == {torch.float32}
-    assert less < 0.85 * more, less / more
 
 
 def _own() -> nn.Module:
