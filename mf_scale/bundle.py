@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mf_scale.rundir import (
     VOCABULARY,
     WEIGHTS,
     disk_errors,
+    fsync_folder,
     write_atomically,
 )
 from mf_scale.training.tensor_file import write_file, write_tensors
@@ -64,9 +65,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             yield place
-            _flush(place)
+            fsync_folder(place)
             place.rename(folder)  # takes the place of an empty folder too
-            _flush(folder.parent)
+            with suppress(OSError):  # it has its name: a failure from here on is none of the folder's
+                fsync_folder(folder.parent)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -79,11 +81,3 @@ def refuse_used_folder(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise UserError("this is a file, not a folder", where=str(folder), remedy="Choose a new folder.")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,16 +8,19 @@ A checkpoint folder counts only when its manifest, written last, names every fil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mf_scale.errors import UserError
 
@@ -32,7 +35,13 @@ VOCABULARY = "vocabulary.json"
 LATEST = "latest"
 REPLACED = ".replaced-"
 """What the name of a checkpoint begins with for the moment in which another one of its step takes its name."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A disk or a quota that is full: it passes, once somebody makes room."""
+_NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
+"""What FUSE and SMB answer to the fsync of a folder, which they do not have."""
 _PREFIX = "step-"
+_SECOND_TRY_SECONDS = 1.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -99,20 +108,50 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def checkpoint_damage(folder: Path, *, digests: bool = True) -> str | None:
-    """What is wrong with a committed checkpoint (a missing, short or altered file), or None when it is sound.
+    """What is wrong with a committed checkpoint (a missing, short, altered or foreign file), or None when it is sound.
 
     Without `digests` files are not read, so alterations that keep the size stay unseen.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in files.items():
-            digest = str(entry["sha256"]) if digests else None
-            damage = _file_damage(folder / Path(name).name, int(entry["size"]), digest)
-            if damage:
-                return damage
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = json.loads(_read_twice(lambda: (folder / MANIFEST).read_text(encoding="utf-8")))
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']!r}, this program reads format {FORMAT}"
+        files = {
+            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    return None
+    for name, (size, sha256) in files.items():
+        file = folder / Path(name).name
+        try:
+            damage = _read_twice(partial(_file_damage, file, size, sha256 if digests else None))
+        except (OSError, ValueError) as error:
+            damage = f"{file.name!r} cannot be read ({error})"
+        if damage:
+            return damage
+    return _unnamed_damage(folder, files)
+
+
+def _read_twice(read: Callable[[], _T]) -> _T:
+    """A disk or a server that stumbles once must not cost the newest checkpoint."""
+    try:
+        return read()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        time.sleep(_SECOND_TRY_SECONDS)
+        return read()
+
+
+def _unnamed_damage(folder: Path, names: Collection[str]) -> str | None:
+    """Readers take the tensor files that they find: one without a digest in the manifest is nobody's word."""
+    if WEIGHTS not in names:
+        return f"its manifest does not name {WEIGHTS}"
+    try:
+        extra = sorted(f.name for f in folder.glob("*.safetensors") if f.name not in names)
+    except OSError as error:
+        return f"the folder cannot be read ({error})"
+    return f"{extra[0]} is not in its manifest" if extra else None
 
 
 def _file_damage(file: Path, size: int, sha256: str | None) -> str | None:
@@ -141,11 +180,13 @@ def resolve_checkpoint(path: str) -> tuple[Path | None, Path]:
     given = Path(path)
     if not given.is_dir():
         raise UserError("this is neither a run directory nor a checkpoint", where=path, remedy="Check the path.")
+    # A running training may lead the link `latest` elsewhere between the look at a checkpoint and its loading.
+    given = given.resolve()
     if (given / MANIFEST).is_file():
         damage = checkpoint_damage(given)
         if damage:
             raise UserError(f"the checkpoint is damaged: {damage}", where=path, remedy="Take another checkpoint.")
-        parent = given.resolve().parent
+        parent = given.parent
         return (parent.parent if parent.name == "checkpoints" else None), given
     folder, damaged = newest_sound_checkpoint(RunDir(given))
     if folder is None:
@@ -160,7 +201,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of ours as a dictionary; raises UserError naming it."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the file cannot be read: {error}", where=str(file)) from error
     if not isinstance(data, dict):
         raise UserError("the file does not hold a JSON object", where=str(file))
@@ -170,11 +211,24 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_atomically(file: Path, text: str) -> None:
     """Write a small file whole or not at all: temporary name, fsync, rename."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with disk_errors(file), temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    with disk_errors(file):
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Force a folder's names to the disk, where the file system can; raises the system's own OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC:
+            raise
+    finally:
+        os.close(handle)
 
 
 def file_digest(file: Path) -> str:
@@ -195,9 +249,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_remedy(error: OSError) -> str:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         return (
             "Free some space (or raise the quota) and start the same command again; committed checkpoints are intact."
         )

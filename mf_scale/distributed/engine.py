@@ -22,6 +22,7 @@ from mf_scale.distributed.deepspeed_config import deepspeed_dictionary
 from mf_scale.distributed.env import World
 from mf_scale.distributed.gradients import LossScale, StepOutcome, clip_divisor, norms_by_group
 from mf_scale.distributed.partitions import MOMENTS, Flat, Partition, Replicated, Sharded
+from mf_scale.errors import UserError
 from mf_scale.fragments import Fragment
 
 
@@ -32,6 +33,7 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.AdamW, config: Config, plan: BatchPlan, world: World
     ) -> None:
         """Wrap `model`, which is on its device; `optimizer` is torch's fused AdamW over its trainable parameters."""
+        _refuse_shared_parameters(model)
         deepspeed = _import_deepspeed()
         self.stage: int = config.zero.stage
         self._world, self._clip_norm = world, config.optimizer.clip_norm
@@ -198,6 +200,18 @@ class Engine:
             counts = [sum(p.numel() for p in group["params"]) for group in self._groups]
         if counts != [facts[3] for facts in meant]:
             raise RuntimeError(f"DeepSpeed moved parameters between groups: {meant} became {counts} elements")
+
+
+def _refuse_shared_parameters(model: nn.Module) -> None:
+    """Two names for one parameter would be saved as two, which part as soon as one of them is averaged or cut."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            raise UserError(
+                f"the model has one parameter under two names, {first[id(parameter)]} and {name}",
+                where="model.pixel_level.builder",
+                remedy="Give each its own copy: ZeRO and checkpoints keep parameters by name.",
+            )
 
 
 def _group_facts(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:

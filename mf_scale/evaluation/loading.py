@@ -37,11 +37,15 @@ class LoadedModel:
 
 
 def load_model(path: str, overrides: Sequence[str], device: torch.device) -> LoadedModel:
-    """Load the newest sound checkpoint of a run, or the one given; raises UserError for whatever does not fit.
+    """Load the newest sound checkpoint of a run, or the one given; raises UserError for whatever does not fit."""
+    return load_checkpoint(*resolve_checkpoint(path), overrides, device)
+
+
+def load_checkpoint(run_dir: Path | None, folder: Path, overrides: Sequence[str], device: torch.device) -> LoadedModel:
+    """Load a checkpoint that was verified; raises UserError for whatever does not fit.
 
     The weights are those that `eval.weights` asks for: raw ones or their moving average.
     """
-    run_dir, folder = resolve_checkpoint(path)
     config = load_config(folder / CONFIG, overrides)
     validate(config)
     refuse_unasked_code(config, overrides, folder / CONFIG)

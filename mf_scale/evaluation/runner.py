@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import Answer, answer
-from mf_scale.evaluation.loading import LoadedModel, load_model
+from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
 from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts
 from mf_scale.evaluation.results import Evaluation, Shown, make_room, results_table, save_evaluation
-from mf_scale.rundir import RunDir
+from mf_scale.rundir import RunDir, resolve_checkpoint
 from mf_scale.tracking.pictures import Segmentation, draw_segments, plain
 
 PICTURES = 6
@@ -44,7 +45,10 @@ class _Counts:
 def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: str) -> str:
     """Evaluate a run or checkpoint on its `split` source; writes results into the run and returns a table to print."""
     with comm.process_group(world, timeout=_PATIENCE) as device:
-        loaded = comm.together(lambda: load_model(path, overrides, device))
+        # One rank chooses and verifies: of a run that goes on, two might find two newest checkpoints.
+        found = comm.on_first_rank(lambda: [place and str(place) for place in resolve_checkpoint(path)])
+        run_dir, folder = (place and Path(place) for place in found)
+        loaded = comm.together(lambda: load_checkpoint(run_dir, folder, overrides, device))
         index = comm.together(lambda: _open_source(loaded, split))
         run = RunDir(loaded.run_dir) if loaded.run_dir else None
         if run is not None:

@@ -8,25 +8,34 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mf_scale.rundir import disk_errors
+from mf_scale.rundir import NO_SPACE, disk_errors
 
 DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "rollback", "stop"})
 """Events after which the file is forced to the disk: what a committed checkpoint claims is then in the file too."""
 PROCESS_EVENTS = frozenset({"start", "stop", "rollback"})
 """Events of a process, not of the series of steps: a rollback does not undo that they happened."""
+WAITING_BYTES = 64 * 2**20
+"""Lines that wait in memory for a disk that is full, at most: months of them, at a line a step."""
 _TAIL_BYTES = 1 << 16
 
 
 class MetricsLog:
-    """The writer of one metrics.jsonl; one process writes. A torn last line is dropped on opening."""
+    """The writer of one metrics.jsonl; one process writes. A torn last line is dropped on opening.
+
+    While the disk is full the lines wait in memory, and are written in their order once there is room: a run outlives
+    a full disk, of which a save that failed has told already.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Open or create the file; raises UserError where it cannot be written."""
         self.path = Path(path)
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -35,33 +44,61 @@ class MetricsLog:
                 os.ftruncate(self._file, end)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line with "event", "step", "time" (Unix seconds) and `values`; raises UserError on a full disk.
+        """Append one line with "event", "step", "time" (Unix seconds) and `values`; UserError where it cannot be kept.
 
         Non-finite floats become null and their names stand in "nonfinite", so that every line is valid JSON.
         """
         line = (json.dumps(_record(event, step, values), ensure_ascii=False, allow_nan=False) + "\n").encode()
-        start = os.fstat(self._file).st_size
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
         with disk_errors(self.path):
+            try:
+                self._write_waiting()
+                if event in DURABLE_EVENTS:
+                    os.fsync(self._file)
+            except OSError as error:
+                if error.errno in NO_SPACE and self._waiting_bytes <= WAITING_BYTES:
+                    return
+                if self._waiting:
+                    self._waiting_bytes -= len(self._waiting.pop())
+                raise
+
+    def flush(self) -> str | None:
+        """Force every line to the disk; a sentence where it does not take them."""
+        try:
+            self._write_waiting()
+            os.fsync(self._file)
+        except OSError as error:
+            waiting = f", {len(self._waiting):,} lines wait in memory" if self._waiting else ""
+            return f"{self.path.name} cannot be written ({error.strerror or error}{waiting})"
+        return None
+
+    def close(self) -> str | None:
+        """Write what waits and close the file; a sentence where lines are lost. Closing twice is fine."""
+        if self._file < 0:
+            return None
+        lost = None
+        try:
+            self._write_waiting()
+        except OSError as error:
+            lost = f"{len(self._waiting):,} lines of {self.path} are lost ({error.strerror or error})"
+        os.close(self._file)
+        self._file = -1
+        self._waiting.clear()
+        return lost
+
+    def _write_waiting(self) -> None:
+        """Write the lines, whole ones only; raises the system's own OSError and keeps what was not written."""
+        while self._waiting:
+            start, line = os.fstat(self._file).st_size, self._waiting[0]
             try:
                 while line:  # one write for all but a disk that fills up in the middle of it
                     line = line[os.write(self._file, line) :]
-                if event in DURABLE_EVENTS:
-                    os.fsync(self._file)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, start)
                 raise
-
-    def flush(self) -> None:
-        """Force what was written to the disk."""
-        with contextlib.suppress(OSError):
-            os.fsync(self._file)
-
-    def close(self) -> None:
-        """Close the file; closing twice is fine."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            self._waiting_bytes -= len(self._waiting.popleft())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,16 @@ from mf_scale import faults
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.rundir import (
+    CONFIG,
     FORMAT,
     LATEST,
     MANIFEST,
     REPLACED,
+    VOCABULARY,
     RunDir,
+    checkpoint_step,
     committed_checkpoints,
+    fsync_folder,
     is_checkpoint_name,
     write_atomically,
 )
@@ -31,6 +37,11 @@ from mf_scale.training.snapshot import FileBytes
 from mf_scale.training.tensor_file import write_file
 from mf_scale.training.writer import Outcome, attempt
 
+REMOVING = ".removing-"
+"""What the name of a checkpoint begins with while its files are removed: it is none any more, and no other is."""
+DAMAGED, ABANDONED = "damaged", "abandoned"
+"""What the names of checkpoints end with that are set aside: one that a start walked back from, and one that has seen
+a spike."""
 _TEMPORARY = ".writing-"
 
 
@@ -93,10 +104,11 @@ def _commit(run: RunDir, step: int, world: World, files: dict[str, Any]) -> None
     faults.reach("save.manifest", rank=world.rank, step=step)
     manifest = {"format": FORMAT, "step": step, "world": world.size, "files": files}
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    _fsync_folder(temporary)
+    fsync_folder(temporary)
     faults.reach("save.rename", rank=world.rank, step=step)
     _take_name(temporary, final)
-    _fsync_folder(final.parent)
+    with suppress(OSError):  # it has its name: a failure from here on must not call it uncommitted
+        fsync_folder(final.parent)
     faults.reach("save.renamed", rank=world.rank, step=step)
 
 
@@ -138,9 +150,12 @@ def point_latest(run: RunDir) -> str | None:
 
 
 def sweep(run: RunDir) -> list[str]:
-    """Remove what interrupted saves and removals left; the names. Rank 0 only, before training."""
+    """Remove what interrupted saves, removals and writes of small files left; the names. Rank 0 only, before training.
+
+    A step-N that lost its manifest is left alone: somebody may still want its files.
+    """
     removed = []
-    for folder in [f for f in run.checkpoints.iterdir() if f.is_dir()] if run.checkpoints.is_dir() else []:
+    for folder in _folders(run):
         name = folder.name.removeprefix(REPLACED)
         if name != folder.name and is_checkpoint_name(name) and not (folder.with_name(name) / MANIFEST).is_file():
             shutil.rmtree(folder.with_name(name), ignore_errors=True)
@@ -148,21 +163,48 @@ def sweep(run: RunDir) -> list[str]:
         elif _is_leftover(folder):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder.name)
+    for place, names in ((run.checkpoints, (LATEST,)), (run.path, (CONFIG, VOCABULARY))):
+        for file in place.iterdir() if place.is_dir() else ():
+            if any(re.fullmatch(rf"\.{re.escape(name)}\.\d+", file.name) for name in names):
+                file.unlink(missing_ok=True)
+                removed.append(file.name)
     point_latest(run)
     return removed
 
 
+def without_manifest(run: RunDir) -> list[str]:
+    """Names of step-N folders that are no checkpoints, since their manifest is gone."""
+    return [f.name for f in _folders(run) if is_checkpoint_name(f.name) and not (f / MANIFEST).is_file()]
+
+
+def _folders(run: RunDir) -> list[Path]:
+    """The folders beside the checkpoints; what a link leads to is somebody's own."""
+    inside = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
+    return sorted(folder for folder in inside if folder.is_dir() and not folder.is_symlink())
+
+
 def _is_leftover(folder: Path) -> bool:
-    for prefix in (_TEMPORARY, REPLACED):
-        if folder.name.startswith(prefix):
-            return is_checkpoint_name(folder.name.removeprefix(prefix))
-    return is_checkpoint_name(folder.name) and not (folder / MANIFEST).is_file()
+    return any(
+        folder.name.startswith(prefix) and is_checkpoint_name(folder.name.removeprefix(prefix))
+        for prefix in (_TEMPORARY, REPLACED, REMOVING)
+    )
 
 
-def set_aside(folders: Iterable[Path]) -> None:
-    """Rename checkpoints that a start walked back from; one that becomes readable again must not come back."""
+def sweep_aside(run: RunDir) -> list[str]:
+    """Remove all but the newest damaged and the newest abandoned checkpoint that earlier starts set aside; names."""
+    removed = []
+    for why in (DAMAGED, ABANDONED):
+        aside = [f for f in _folders(run) if f.suffix == f".{why}" and is_checkpoint_name(f.stem)]
+        for folder in sorted(aside, key=lambda folder: checkpoint_step(Path(folder.stem)))[:-1]:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder.name)
+    return removed
+
+
+def set_aside(folders: Iterable[Path], why: str) -> None:
+    """Rename checkpoints that are never to be taken again, even if they become readable: DAMAGED or ABANDONED ones."""
     for folder in folders:
-        aside = folder.with_name(f"{folder.name.removeprefix(REPLACED)}.damaged")
+        aside = folder.with_name(f"{folder.name.removeprefix(REPLACED)}.{why}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
@@ -174,11 +216,3 @@ def _temporary(run: RunDir, step: int) -> Path:
 def _fresh_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

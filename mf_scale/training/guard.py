@@ -134,11 +134,6 @@ def sound_checkpoint_before(run: RunDir, step: int) -> Path | None:
     return None
 
 
-def checkpoint_step(folder: Path) -> int:
-    """Steps behind the checkpoint in a folder that `RunDir.checkpoint` named."""
-    return int(folder.name.rpartition("-")[2])
-
-
 def stop_dead_run(run: RunDir, why: str, dead: DeadSteps) -> None:
     """On rank 0: leave a report of the skipped steps in the run directory and raise the GuardError that ends the run.
 

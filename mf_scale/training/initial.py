@@ -24,14 +24,19 @@ CLASS_HEADS = {
 """By model kind, how the names of the tensors begin that belong to the classes of one vocabulary."""
 
 
-def initial_model(config: Config, vocabulary: Vocabulary, checkpoint: Path | None) -> tuple[nn.Module, list[str]]:
+def initial_model(
+    config: Config, vocabulary: Vocabulary, checkpoint: Path | None, init_from: Path | None = None
+) -> tuple[nn.Module, list[str]]:
     """The model on the CPU with the weights of `checkpoint` (a resumed run's own, raw), `train.init_from` (those that
     eval.weights asks for) or neither.
 
-    With train.reinit_head the class head of `init_from` is left out and starts anew, which the notes list; a resumed
+    `init_from` is the checkpoint that train.init_from names, where that was verified already. With train.reinit_head
+    the class head of `init_from` is left out and starts anew, which the notes list; a resumed
     run's checkpoint has its own class head and is taken whole. Raises UserError for weights that do not fit.
     """
-    source = checkpoint or (resolve_checkpoint(config.train.init_from)[1] if config.train.init_from else None)
+    source = checkpoint or init_from
+    if source is None and config.train.init_from:
+        source = resolve_checkpoint(config.train.init_from)[1]
     model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
     _refuse_uneven_crop(model, config)
     if source is None:

@@ -54,6 +54,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
             where=str(run.path),
             remedy="Restore one, or start a new run_dir (train.init_from can take weights from elsewhere).",
         )
+    source = None
     if checkpoint is not None:
         _check_same_vocabulary(checkpoint, index, f"start a new run_dir with train.init_from={run.path} --reinit-head.")
     elif config.train.init_from:
@@ -62,6 +63,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
             _check_same_vocabulary(source, index, "add --reinit-head, which takes all but its class head.")
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
+        "init_from": str(source) if source else None,
         "damaged": [str(folder) for folder in damaged],
         "notes": [*notes, *damaged.values(), *_few_queries(config, index)],
     }

@@ -51,10 +51,20 @@ class Recorder:
         if self._wandb:
             self._wandb.alert(title, text)
 
-    def flush(self) -> None:
-        """Force what was written to the disk: a committed checkpoint must not know more steps than the metrics."""
-        if self._log:
-            self._log.flush()
+    def flush(self) -> str | None:
+        """Force what was written to the disk, since a committed checkpoint must not know more steps than the metrics;
+        a sentence where that fails."""
+        return self._log.flush() if self._log else None
+
+    def settle(self) -> None:
+        """Write what a full disk kept waiting; UserError where it still does and the run ends."""
+        problem = self.flush()
+        if problem is not None:
+            raise UserError(
+                f"the run is done, but its last lines are lost: {problem}",
+                where=str(self._session.run.path),
+                remedy="The checkpoints are whole; free some space before the next run.",
+            )
 
     def step(self, step: int, means: dict[str, Any], **values: Any) -> None:
         """Append the means of the logging interval that ends with `step` and show them."""
@@ -89,8 +99,9 @@ class Recorder:
         lost = self._wandb.finish(exit_code, preempting=preempting) if self._wandb else None
         if lost:
             self.note(lost)
-        if self._log:
-            self._log.close()
+        lost = self._log.close() if self._log else None
+        if lost:
+            self.note(lost)
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
@@ -114,6 +125,7 @@ def open_recorder(session: Session) -> Iterator[Recorder]:
     exit_code = 1
     try:
         yield recorder
+        comm.together(recorder.settle)
         exit_code = 0
     except StoppedOnRequest:
         exit_code = EXIT_STOPPED

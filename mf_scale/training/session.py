@@ -93,7 +93,8 @@ def open_session(
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
         index = comm.together(lambda: Index.open(str(config.data.train)))
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
-        model, started_with = comm.together(lambda: initial_model(config, index.vocabulary, checkpoint))
+        init_from = Path(found["init_from"]) if found["init_from"] else None
+        model, started_with = comm.together(lambda: initial_model(config, index.vocabulary, checkpoint, init_from))
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
         groups = group_table(optimizer.param_groups)

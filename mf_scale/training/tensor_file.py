@@ -68,7 +68,8 @@ def lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Layou
 
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The tensor's elements in order as uint8 [bytes]; a view where the tensor is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # as_strided: a single element counts as contiguous with any stride, and such a one has no view as bytes.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def write_file(

@@ -83,7 +83,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
     config, state = session.config, session.state
     faults.reach("train.first", rank=session.world.rank, step=state.step)
     # A validation that a stop interrupted is made up for.
-    ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
+    ledger.meter.pause(_validate_if_due(session, recorder, saver, flag))
     with closing(_stream(session, flag)) as stream, held_off_the_step(config.train.gc_every) as collector:
         while state.step < config.train.steps:
             batch, waited, failure = _next_batch(session, stream, recorder)
@@ -124,10 +124,12 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
                 ledger.close(state.step)
             if ledger.halted:
                 return False
-            ledger.meter.pause(_validate_if_due(session, recorder, ledger, flag))
+            ledger.meter.pause(_validate_if_due(session, recorder, saver, flag))
             if _save_due(session) and not ledger.in_dead_row:
                 ledger.meter.pause(saver.save())
-    comm.together(lambda: _raise(recorder.failure))
+    if comm.sum_array(np.array([int(recorder.failure is not None)]))[0]:
+        saver.save_last()
+        comm.together(lambda: _raise(recorder.failure))
     return _validation_due(session)
 
 
@@ -227,7 +229,7 @@ def _validation_due(session: Session) -> bool:
     return here and session.validation is not None and state.validated < state.step
 
 
-def _validate_if_due(session: Session, recorder: Recorder, ledger: Ledger, flag: StopFlag) -> float:
+def _validate_if_due(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag) -> float:
     """Seconds it took. A stop in between leaves the validation due. The steps before it are settled."""
     began = time.perf_counter()
     if _validation_due(session) and session.validation is not None:
@@ -241,6 +243,7 @@ def _validate_if_due(session: Session, recorder: Recorder, ledger: Ledger, flag:
                 session.plan,
                 session.world,
                 session.transfer,
+                saver,
                 lambda: flag.wanted,
             )
         if values is not None:

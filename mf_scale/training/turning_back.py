@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mf_scale.distributed import comm
-from mf_scale.rundir import committed_checkpoints
-from mf_scale.training.checkpoint import set_aside
-from mf_scale.training.guard import checkpoint_step, sound_checkpoint_before
+from mf_scale.rundir import checkpoint_step, committed_checkpoints
+from mf_scale.training.checkpoint import ABANDONED, set_aside
+from mf_scale.training.guard import sound_checkpoint_before
 from mf_scale.training.ledger import Spike
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.session import Session
@@ -40,7 +40,7 @@ def _step_before(session: Session, step: int) -> int:
 
 def _set_aside_later(session: Session, step: int) -> None:
     """On rank 0: no start takes a checkpoint that has seen the spike."""
-    set_aside(f for f in committed_checkpoints(session.run) if checkpoint_step(f) >= step)
+    set_aside([f for f in committed_checkpoints(session.run) if checkpoint_step(f) >= step], ABANDONED)
 
 
 def _flat(parts: list[list[str]] | None) -> list[str]:

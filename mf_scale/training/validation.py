@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from mf_scale.data.loader import loss_batches
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
+from mf_scale.errors import UserError
 from mf_scale.losses.terms import StepLoss
+from mf_scale.training.saver import Saver
 from mf_scale.training.transfer import Transfer
 
 _SEED = 0
@@ -31,21 +34,34 @@ def validation_loss(
     plan: BatchPlan,
     world: World,
     transfer: Transfer,
+    saver: Saver,
     stop_wanted: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Loss terms over the first `eval.loss_samples` samples, or None where a stop was agreed on in between.
 
     Sums are taken with normalisers of 1 and divided at the end, so the value depends neither on ranks nor
-    on batches, nor by sampled points on the run's seed or on where it was resumed.
+    on batches, nor by sampled points on the run's seed or on where it was resumed. A checkpoint that is written
+    meanwhile is committed. Raises the UserError of any rank that cannot read its samples, on all of them.
     """
     sums = np.zeros(len(criterion.names) + criterion.summed + 1)
     engine.share_buffers()
     engine.train(False)
     try:
         with torch.no_grad():
-            for batch in _batches(index, config, plan, world):
-                if comm.sum_array(np.array([int(stop_wanted())]))[0]:
+            batches = _batches(index, config, plan, world)
+            while True:
+                batch, failure = _next(batches)
+                mine = np.array([stop_wanted(), failure is not None, saver.written()], dtype=np.int64)
+                stops, failures, written = comm.sum_array(mine).tolist()
+                if written == world.size:
+                    saver.commit()
+                if failures:
+                    saver.finish()
+                    comm.together(partial(_raise, failure))
+                if stops:
                     return None
+                if batch is None:
+                    break
                 sums += _batch_sums(engine, criterion, batch, transfer)
     finally:
         engine.train(True)
@@ -58,6 +74,19 @@ def validation_loss(
         **{f"loss_{name}": value for name, value in by_term.items()},
         "undecodable": int(bad),
     }
+
+
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, UserError | None]:
+    """The next batch, None behind the last one (which is the last on every rank); why this rank has none, if so."""
+    try:
+        return next(batches, None), None
+    except UserError as error:
+        return None, error
+
+
+def _raise(failure: UserError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _batches(index: Index, config: Config, plan: BatchPlan, world: World) -> Iterator[Batch]:

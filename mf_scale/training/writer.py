@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mf_scale.errors import UserError
-from mf_scale.rundir import disk_errors
+from mf_scale.rundir import NO_SPACE
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,21 @@ def attempt(action: Callable[[], Any]) -> Outcome:
     began = time.monotonic()
     result, problem = None, None
     try:
-        with disk_errors(Path("checkpoint")):
-            result = action()
+        result = action()
+    except OSError as error:
+        problem = _disk_problem(error)
     except UserError as error:
-        problem = f"{error.what}. {error.remedy}"
+        # The remedies of `disk_errors` are for a program that ends.
+        cause = error.__cause__
+        problem = _disk_problem(cause) if isinstance(cause, OSError) else f"{error.what}. {error.remedy}"
     except Exception as error:  # whatever it is, the training goes on and the person reads it
         problem = f"{type(error).__name__}: {error}"
     return Outcome(result, problem, time.monotonic() - began)
+
+
+def _disk_problem(error: OSError) -> str:
+    what = f"cannot write: {error.strerror or error}"
+    return f"{what}. Free some space, or raise the quota" if error.errno in NO_SPACE else what
 
 
 class Writer:

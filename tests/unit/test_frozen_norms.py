@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "without affine": lambda: nn.BatchNorm2d(WIDTH, eps=1e-3, affine=False),
     "with activation": lambda: BatchNormAct2d(WIDTH, eps=1e-3, act_layer=nn.SiLU),
     "in-place activation": lambda: BatchNormAct2d(WIDTH),
-    "with drop": lambda: BatchNormAct2d(WIDTH, drop_layer=lambda: nn.Hardtanh(-0.5, 0.5), act_layer=nn.Sigmoid),
+    "with drop": lambda: BatchNormAct2d(WIDTH, drop_layer=nn.Hardtanh, act_layer=nn.Sigmoid),
 }
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of one value: to float order, or half a unit in the last place and a little."""
@@ -48,7 +49,7 @@ def _trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def _both(kind: str) -> tuple[nn.Module, nn.Module]:
+def _both(kind: str) -> tuple[Any, Any]:
     """Ours, and what timm makes of the same norm."""
     norm = _trained(KINDS[kind]())
     return freeze_norms(nn.Sequential(copy.deepcopy(norm))), freeze_batch_norm_2d(nn.Sequential(norm))
@@ -72,10 +73,11 @@ def test_values_and_gradients_are_those_of_scale_and_shift(kind: str, dtype: tor
         expected = theirs(wide)
     out.backward(grad)
     expected.backward(grad.float())
-    assert out.dtype == x.grad.dtype == dtype  # theirs: fp32 whatever comes in
+    assert out.dtype == dtype and x.grad is not None and x.grad.dtype == dtype  # theirs: fp32 whatever comes in
     assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
     # An activation that rounds behind the norm rounds twice, and its slope is taken at a rounded value.
     several = 1 if kind in ("plain", "synchronised", "without affine") else 4
+    assert wide.grad is not None
     torch.testing.assert_close(out.float(), expected, rtol=several * ROUNDING[dtype], atol=several * ROUNDING[dtype])
     torch.testing.assert_close(
         x.grad.float(), wide.grad, rtol=several * ROUNDING[dtype], atol=several * ROUNDING[dtype]
@@ -138,17 +140,19 @@ def test_classes_names_and_copies_stay() -> None:
             with torch.no_grad():
                 second[0].bias += 1
                 assert not torch.equal(second(_x()), ours(_x()))  # it looks at its own numbers
-        frozen = freeze_norms(nn.Sequential(_trained(KINDS[kind]())))
+        frozen: Any = freeze_norms(nn.Sequential(_trained(KINDS[kind]())))
         frozen.load_state_dict({**ours.state_dict(), "0.num_batches_tracked": torch.tensor(3)})
 
 
 def test_recomputed_blocks_get_the_same_gradients() -> None:
-    net = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), _both("in-place activation")[0])
+    conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+    net = nn.Sequential(conv, _both("in-place activation")[0])
     gradients = []
     for run in (net, lambda x: checkpoint(net, x, use_reentrant=False)):
         net.zero_grad()
         run(_x()).square().sum().backward()
-        gradients.append(net[0].weight.grad.clone())
+        assert conv.weight.grad is not None
+        gradients.append(conv.weight.grad.clone())
     assert torch.equal(*gradients)
 
 
@@ -168,9 +172,10 @@ def test_a_backbones_activations_stay_half_under_autocast(name: str, monkeypatch
     monkeypatch.setattr(norms_module, "partial", lambda _, norm: type(norm).forward.__get__(norm))
     theirs = build_backbone(config)
     theirs.load_state_dict(_trained(ours).state_dict())
-    images, kept, features = torch.randn(1, 3, 64, 96), [], []
+    images, kept, features = torch.randn(1, 3, 128, 160), [], []
     for backbone in (ours, theirs):
-        dtypes, sizes = set(), {}
+        dtypes: set[torch.dtype] = set()
+        sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

@@ -14,9 +14,9 @@ from mf_scale.config.validate import check_vocabulary, validate
 from mf_scale.data.index import Index
 from mf_scale.data.state import DataState, open_segment
 from mf_scale.errors import UserError
-from mf_scale.rundir import CONFIG, MANIFEST, STATE, RunDir, committed_checkpoints, existing_run, read_json
+from mf_scale.rundir import CONFIG, MANIFEST, STATE, RunDir, checkpoint_step, committed_checkpoints, existing_run, read_json
 from mf_scale.tracking.metrics import read_metrics
-from mf_scale.training.guard import checkpoint_step, sound_checkpoint_before
+from mf_scale.training.guard import sound_checkpoint_before
 from mf_scale.training.state import TrainState
 
 _CUT_BY = ("seed", "train.global_batch", "train.micro_batch", "data.shuffle", "data.block_samples")
