@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from mf_scale.commands import bench, evaluate, export, import_model, plan, predi
 from mf_scale.errors import StoppedOnRequest, UserError
 
 _INTERRUPTED = 130
+_WRITER_SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,10 +72,23 @@ def run() -> NoReturn:
     without an active exception"), after everything was written, and the exit code was no longer ours.
     """
     code = main()
+    _wait_for_writers()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_for_writers() -> None:
+    """Threads that are no daemons have files to finish; a write that hangs is waited for no longer than a minute."""
+    deadline = time.monotonic() + _WRITER_SECONDS
+    threads = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        names = ", ".join(thread.name for thread in threads if thread.is_alive())
+        with contextlib.suppress(OSError):
+            print(f"mf-scale: not waiting any longer for what still runs behind: {names}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -116,9 +116,7 @@ def checkpoint_damage(folder: Path, *, digests: bool = True) -> str | None:
         manifest = json.loads(_read_twice(lambda: (folder / MANIFEST).read_text(encoding="utf-8")))
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']!r}, this program reads format {FORMAT}"
-        files = {
-            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        }
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its manifest cannot be read ({type(error).__name__}: {error})"
     for name, (size, sha256) in files.items():

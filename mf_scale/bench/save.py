@@ -20,7 +20,7 @@ from torch import Tensor
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.fragments import partition_file, tensor_key
-from mf_scale.rundir import MANIFEST, WEIGHTS, RunDir, disk_errors, file_digest, write_atomically
+from mf_scale.rundir import FORMAT, MANIFEST, WEIGHTS, RunDir, disk_errors, file_digest, write_atomically
 from mf_scale.training.checkpoint import begin, commit, write_files
 from mf_scale.training.snapshot import FileBytes, FileContents, Snapshot, live_files
 from mf_scale.training.writer import Writer
@@ -126,7 +126,7 @@ def _save_with_safetensors(run: RunDir, step: int, contents: list[FileContents])
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             files[file.name] = {"size": file.stat().st_size, "sha256": file_digest(file)}
-        write_atomically(folder / MANIFEST, json.dumps({"files": files}))
+        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}))
 
     writer = Writer("bench")
     writer.start(write)

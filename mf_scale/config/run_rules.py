@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mf_scale.config.schema import Config
+from mf_scale.config.schema import Config, GuardConfig
 from mf_scale.config.signals import STOPPING
 
 
@@ -25,7 +25,15 @@ def _average(config: Config) -> list[str]:
 
 
 def _guard(config: Config) -> list[str]:
-    guard, broken = config.guard, []
+    guard, fresh, broken = config.guard, GuardConfig(), []
+    inert = []
+    if not guard.spike_factor:
+        inert += [(name, "spike_factor = 0") for name in ("spike_window", "spike_skip", "spike_rollbacks")]
+    if guard.skipped_share in (0, 1):  # no share of steps is above 1
+        inert.append(("window", f"skipped_share = {guard.skipped_share:g}"))
+    for name, off in inert:
+        if (value := getattr(guard, name)) != getattr(fresh, name):
+            broken.append(f"guard.{name} = {value} does nothing with guard.{off}")
     if 0 < guard.spike_factor <= 1:
         broken.append(
             f"guard.spike_factor = {guard.spike_factor} would take every ordinary loss for a spike: above 1, or 0 (off)"

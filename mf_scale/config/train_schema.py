@@ -92,9 +92,9 @@ class GuardConfig:
     spike_window: int = 100
     """Steps whose losses make the median, and that must have been taken before the guard is on."""
     spike_skip: int = 10
-    """Global batches left out around a spike: the one it came with and those that follow."""
+    """Global batches left out around a spike: half of them before the one it came with."""
     spike_rollbacks: int = 3
-    """Times a run goes back before it stops."""
+    """Times a run goes back, in its whole life, before it stops instead."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from mf_scale.config.deepspeed_keys import broken_additions
+from mf_scale.config.deepspeed_keys import broken_additions, uneven_partition
 from mf_scale.config.run_rules import RUN_RULES
 from mf_scale.config.schema import Config, DataConfig, ModelConfig, PixelLevelConfig
 from mf_scale.errors import UserError
@@ -25,7 +25,7 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Cut the global batch over the ranks; raises UserError naming sizes that work.
+    """Cut the global batch over the ranks; raises UserError where it, or ZeRO's groups, cannot be cut so.
 
     A rank's share that train.micro_batch does not divide is cut by its largest divisor below.
     """
@@ -37,6 +37,8 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
             remedy=f"Start {_listed(divisors)} ranks, or take train.global_batch="
             f"{_nearest_multiple(total, world_size)}.",
         )
+    if (uneven := uneven_partition(config.deepspeed, world_size)) is not None:
+        raise UserError(uneven, where="configuration", remedy="Take a divisor, usually the GPUs of one machine.")
     share = total // world_size
     micro = max(size for size in range(1, min(share, config.train.micro_batch) + 1) if share % size == 0)
     return BatchPlan(total, micro, share // micro, world_size)
@@ -274,7 +276,7 @@ def _pixel_level(config: Config) -> list[str]:
 
 
 def _deepspeed(config: Config) -> list[str]:
-    return broken_additions(config.deepspeed)
+    return broken_additions(config.deepspeed, config.zero.stage)
 
 
 def _listed(values: list[int]) -> str:

@@ -18,7 +18,7 @@ def deepspeed_dictionary(config: Config, plan: BatchPlan, *, cuda: bool) -> dict
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "zero_optimization": _zero_section(config, cuda),
+        "zero_optimization": _zero_section(config, plan, cuda),
         "gradient_clipping": 0.0,
         # Our AdamW is a subclass of torch's, which DeepSpeed's list of tested optimizers does not know.
         "zero_allow_untested_optimizer": True,
@@ -36,12 +36,14 @@ def deepspeed_dictionary(config: Config, plan: BatchPlan, *, cuda: bool) -> dict
     return _merged(settings, config.deepspeed)
 
 
-def _zero_section(config: Config, cuda: bool) -> dict[str, Any]:
+def _zero_section(config: Config, plan: BatchPlan, cuda: bool) -> dict[str, Any]:
     zero, bucket = config.zero, config.zero.bucket_mib * 2**20 // 4
     section: dict[str, Any] = {
         "stage": zero.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # The buffer is for reducing over ranks; a single one would copy every gradient into it for nobody.
+        "contiguous_gradients": plan.world_size > 1 or zero.stage == 3 or zero.offload_optimizer,
         # Its own norm waits for the device; at stage 3 and of offloaded gradients it cannot be turned off.
         "compute_grad_norm": zero.stage not in (1, 2) or zero.offload_optimizer,
     }

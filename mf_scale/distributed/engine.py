@@ -50,6 +50,8 @@ class Engine:
             dist_init_required=False,
         )
         self._take_over_loss_scaling()
+        if world.size == 1 and self.stage == 0:
+            _replace(self._engine, "enable_backward_allreduce", False)  # it would copy every gradient twice
         self._partition = self._make_partition(trainable)
         self._check_groups(meant)
         self.group_names: tuple[str, ...] = tuple(group["name"] for group in self._groups)
@@ -103,7 +105,7 @@ class Engine:
         self._torch_optimizer.grad_scale = (scale * clip_divisor(norm, self._clip_norm)).to(home)  # type: ignore[attr-defined]
         self._torch_optimizer.found_inf = (~finite).float().to(home)  # type: ignore[attr-defined]
         self._engine.step()
-        if getattr(self._engine.optimizer, "overflow", False):  # DeepSpeed's own look at stage 3 and with offload
+        if self.stage and self._engine.optimizer.overflow:  # DeepSpeed's own look at stage 3 and with offload
             finite = torch.zeros_like(finite)
         self.loss_scale.update(finite)
         return StepOutcome(finite, norms, loss_scale)
@@ -181,9 +183,9 @@ class Engine:
 
     def _take_over_loss_scaling(self) -> None:
         """DeepSpeed brings a scaler for fp16 autocast that asks the host after every step; ours does not."""
-        self._engine.torch_autocast_z0_gradscaler = None
+        _replace(self._engine, "torch_autocast_z0_gradscaler", None)
         if self.stage:
-            self._engine.optimizer.torch_autocast_gradscaler = None
+            _replace(self._engine.optimizer, "torch_autocast_gradscaler", None)
 
     def _check_groups(self, meant: list[tuple[Any, ...]]) -> None:
         """Parameter groups must survive the wrapping: a merged group trains with another's rate and decay."""
@@ -229,6 +231,13 @@ def _set_environment(world: World) -> None:
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else world.local_rank)
 
 
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute that is no promise of DeepSpeed's: under another name it would be set in vain, unnoticed."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"this version of DeepSpeed has no {name} in {owner}: install the one of constraints.txt")
+    setattr(owner, name, value)
+
+
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -242,5 +251,5 @@ def _import_deepspeed() -> Any:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # It would load inductor to decorate an optimizer that is not used here: 1.2 s of every start.
-    compiler.compile = lambda *_, **__: compiler.dummy_decorator
+    _replace(compiler, "compile", lambda *_, **__: compiler.dummy_decorator)
     return deepspeed

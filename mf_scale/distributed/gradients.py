@@ -47,12 +47,12 @@ class LossScale:
             self._finite_steps = torch.where(grown, 0.0, counted)
 
     def to_list(self) -> list[float]:
-        """Scale and finite steps so far, for the checkpoint. Waits for the device."""
-        return [float(self.value), float(self._finite_steps)]
+        """Scale and finite steps so far, for the checkpoint; empty where it is not dynamic. Waits for the device."""
+        return [float(self.value), float(self._finite_steps)] if self._dynamic else []
 
     def load(self, saved: list[float]) -> None:
         """Take over what `to_list` gave; of another precision nothing is taken."""
-        if self._dynamic and saved[0] != 1.0:
+        if self._dynamic and saved:
             self.value.fill_(saved[0])
             self._finite_steps.fill_(saved[1])
 

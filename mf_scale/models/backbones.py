@@ -16,7 +16,7 @@ from mf_scale.config.schema import BackboneConfig
 from mf_scale.errors import UserError
 from mf_scale.models.any_size import image_multiple, pad_to, rounded_up
 from mf_scale.models.backbone_weights import Convert, fit_backbone, weights_file
-from mf_scale.models.norms import freeze_norms
+from mf_scale.models.norms import narrow_frozen_norms
 from mf_scale.models.pixel_level import PixelBackbone
 from mf_scale.models.recompute import quarters, recompute, stage_units
 from mf_scale.models.resizing import repeating_resizes
@@ -112,6 +112,13 @@ def build_backbone(config: BackboneConfig, attention: str = "auto") -> Backbone:
     for note in notes:
         logger.info(note)
     return backbone
+
+
+def freeze_norms(model: nn.Module) -> nn.Module:
+    """Every batch norm keeps its statistics and affine, untrained, as in FrozenBN; modules are replaced in place."""
+    from timm.layers import freeze_batch_norm_2d
+
+    return narrow_frozen_norms(freeze_batch_norm_2d(model))
 
 
 def _classifier(name: str, **options: Any) -> nn.Module:

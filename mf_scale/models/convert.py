@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mf_scale.config.schema import ModelConfig
-from mf_scale.models.backbones import STRIDES
+from mf_scale.models.backbones import STRIDES, freeze_norms
 from mf_scale.models.builder import build_own
 from mf_scale.models.cut import CutModel
 from mf_scale.models.maskformer import MaskFormer
-from mf_scale.models.norms import freeze_norms
 from mf_scale.models.pixel_level import PixelBackbone, PixelEmbedder
 from mf_scale.models.trial import find_classifier
 

@@ -20,22 +20,22 @@ DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "rollback", "stop"})
 PROCESS_EVENTS = frozenset({"start", "stop", "rollback"})
 """Events of a process, not of the series of steps: a rollback does not undo that they happened."""
 WAITING_BYTES = 64 * 2**20
-"""Lines that wait in memory for a disk that is full, at most: months of them, at a line a step."""
+"""What a training keeps of lines while a disk is full: some 60,000 steps."""
 _TAIL_BYTES = 1 << 16
 
 
 class MetricsLog:
     """The writer of one metrics.jsonl; one process writes. A torn last line is dropped on opening.
 
-    While the disk is full the lines wait in memory, and are written in their order once there is room: a run outlives
-    a full disk, of which a save that failed has told already.
+    While the disk is full up to `waiting_bytes` of lines wait in memory, and are written in their order once there is
+    room: a run outlives a full disk, of which a save that failed has told already.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, waiting_bytes: int = 0) -> None:
         """Open or create the file; raises UserError where it cannot be written."""
         self.path = Path(path)
         self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
+        self._waiting_bytes, self._most_waiting = 0, waiting_bytes
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -57,7 +57,7 @@ class MetricsLog:
                 if event in DURABLE_EVENTS:
                     os.fsync(self._file)
             except OSError as error:
-                if error.errno in NO_SPACE and self._waiting_bytes <= WAITING_BYTES:
+                if error.errno in NO_SPACE and self._waiting_bytes <= self._most_waiting:
                     return
                 if self._waiting:
                     self._waiting_bytes -= len(self._waiting.pop())

@@ -15,7 +15,14 @@ from typing import Any
 from mf_scale.config.schema import GuardConfig
 from mf_scale.distributed import comm
 from mf_scale.errors import GuardError, UserError
-from mf_scale.rundir import RunDir, checkpoint_damage, committed_checkpoints, disk_errors, write_atomically
+from mf_scale.rundir import (
+    RunDir,
+    checkpoint_damage,
+    checkpoint_step,
+    committed_checkpoints,
+    disk_errors,
+    write_atomically,
+)
 from mf_scale.tracking.metrics import read_metrics
 
 KEYS_SHOWN = 6

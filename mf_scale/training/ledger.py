@@ -45,7 +45,7 @@ class Ledger:
         self._open: tuple[StepResult, float] | None = None
         self._unjudged: tuple[StepResult, float] | None = None
         self._start_seconds: float | None = None
-        self._told_start = False
+        self._told_start = session.rolled_back  # the process is older than this session
         self.spike: Spike | None = None
         """Set, on all ranks, once a loss was found to jump."""
         self.dead: str | None = None
@@ -57,12 +57,13 @@ class Ledger:
         return self.spike is not None or self.dead is not None
 
     @property
-    def in_dead_row(self) -> bool:
-        """The last steps had no update: a commit would add nothing and push the checkpoint from before out."""
-        return self._dead.in_a_row > 0
+    def dead_row(self) -> int:
+        """Steps without an update that end with the last one whose outcome is known."""
+        return self._dead.in_a_row
 
     def book(self, result: StepResult, data_wait: float) -> None:
         """Take a step whose values are on their way; the one before is settled."""
+        self._start_seconds = self._start_seconds or seconds_since_start()
         self._open = (result, data_wait)
 
     def settle(self) -> None:
@@ -71,7 +72,6 @@ class Ledger:
             return
         (result, data_wait), self._open = self._open, None
         session, values = self._session, result.read()
-        self._start_seconds = self._start_seconds or seconds_since_start()
         self.meter.add(values, result.counts, session.config.train.global_batch, data_wait)
         if values.applied:
             session.state.updates += 1
@@ -128,6 +128,8 @@ class Ledger:
         return step % self._session.config.train.log_every == 0 or step == self._session.config.train.steps
 
     def _guard(self, result: StepResult, values: StepValues) -> None:
+        if self.dead is not None:
+            return  # the step that was under way when the run was found dead
         session, recorder = self._session, self._recorder
         reason = self._dead.observe(result.step, values.applied)
         if values.applied:

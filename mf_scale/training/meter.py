@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -20,8 +21,14 @@ class Meter:
         self._reset()
 
     def add(self, values: StepValues, counts: list[int], samples: int, data_wait: float) -> None:
-        """One step of `samples` samples that waited `data_wait` seconds for its data."""
-        self._sums += [*np.sum(values.terms, axis=0), *counts]
+        """One step of `samples` samples that waited `data_wait` seconds for its data.
+
+        The loss of a step without an update is left out of the mean: one that is not finite would hide all others.
+        """
+        if values.applied:
+            self._sums[: len(self._names)] += np.sum(values.terms, axis=0)
+            self._applied += 1
+        self._sums[len(self._names) :] += counts
         self._steps += 1
         self._samples += samples
         self._wait += data_wait
@@ -39,11 +46,14 @@ class Meter:
         """Means of the interval over steps and ranks, then start anew. All ranks call it."""
         elapsed = time.perf_counter() - self._began
         steps = max(1, self._steps)
-        names = [*(f"loss_{name}" for name in self._names), *self._counted]
-        means = dict(zip(names, (comm.sum_array(self._sums) / steps).tolist(), strict=True))
+        sums = comm.sum_array(self._sums)
+        # NaN, written as null, where no step had an update.
+        losses = (sums[: len(self._names)] / (self._applied or math.nan)).tolist()
         values = {
-            "loss": sum(means[f"loss_{name}"] for name in self._names),
-            **means,
+            "loss": sum(losses),
+            **dict(zip((f"loss_{name}" for name in self._names), losses, strict=True)),
+            **dict(zip(self._counted, (sums[len(self._names) :] / steps).tolist(), strict=True)),
+            "skipped": self._steps - self._applied,
             "images_per_second": self._samples / max(elapsed, 1e-9),
             "step_time": elapsed / steps,
             "data_wait": self._wait / steps,
@@ -53,6 +63,6 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums = np.zeros(len(self._names) + len(self._counted))
-        self._steps = self._samples = 0
+        self._steps = self._applied = self._samples = 0
         self._wait = 0.0
         self._began = time.perf_counter()

@@ -58,7 +58,17 @@ def _fp32_products(tf32: bool, device: torch.device) -> str:
     chosen = "tf32" if tf32 else "ieee"
     for operator in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         operator.fp32_precision = chosen
-    return "products in fp32: TF32, inputs rounded to 10 bits" if tf32 else "products in fp32: whole (TF32 is off)"
+    said = "TF32, inputs rounded to 10 bits" if tf32 else "whole (TF32 is off)"
+    return f"products in fp32: {said}; {_half_products()}"
+
+
+def _half_products() -> str:
+    """torch lets cuBLAS add partial sums of a half-precision product in half precision, unless told otherwise."""
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_fp16_accumulation = False
+    return "in bf16 and fp16: summed in fp32 (reduced-precision reductions are off)"
 
 
 def _switched_off(device: torch.device) -> str:

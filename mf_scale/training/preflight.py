@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import socket
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from mf_scale.rundir import (
     resolve_checkpoint,
     write_atomically,
 )
-from mf_scale.training.checkpoint import set_aside, sweep
+from mf_scale.training.checkpoint import DAMAGED, set_aside, sweep, sweep_aside, without_manifest
 from mf_scale.vocabulary import Vocabulary
 
 _LOCK = ".lock"
+_SHARED_SECONDS = 15.0
+"""A network file system may show a file that another node wrote some seconds later."""
 _CHECKSUM_BYTES = 256 * 2**20
 """Sources up to this size are checked by digest before training, larger ones by the size of every shard."""
 
@@ -46,7 +50,8 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     if config.data.val:
         _check_validation(Index.open(config.data.val), index, config.data.val)
     _refuse_foreign(run)
-    notes = _lock(run, lock)
+    token = secrets.token_hex(8)
+    notes = _lock(run, token, lock)
     checkpoint, damaged = newest_sound_checkpoint(run)
     if damaged and checkpoint is None:
         raise UserError(
@@ -64,6 +69,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "init_from": str(source) if source else None,
+        "token": token,
         "damaged": [str(folder) for folder in damaged],
         "notes": [*notes, *damaged.values(), *_few_queries(config, index)],
     }
@@ -73,11 +79,39 @@ def settle(run: RunDir, settings: dict[str, str], damaged: list[Path]) -> list[s
     """On rank 0, once nothing can be refused any more: clean up and write what the run is. Notes for the person."""
     with disk_errors(run.path):
         run.checkpoints.mkdir(exist_ok=True)
-        set_aside(damaged)
-    swept = sweep(run)
+        old = sweep_aside(run)  # before those of this start: they stay for a look at them
+        set_aside(damaged, DAMAGED)
+        swept = sweep(run)
     for name, text in settings.items():
         write_atomically(run.path / name, text)
-    return [f"removed the unfinished {name}" for name in swept]
+    return [
+        *(f"removed {name}, which an earlier start set aside; the newest one is kept" for name in old),
+        *(f"removed the unfinished {name}" for name in swept),
+        *(f"{name} has no manifest, so it is no checkpoint; it is left alone" for name in without_manifest(run)),
+    ]
+
+
+def refuse_unshared(run: RunDir, token: str, world: World) -> None:
+    """On every rank: UserError where this node does not see the run directory in which rank 0 wrote `token`.
+
+    Else every rank would write its part into a folder of its own node, and a save would fail or be short of files.
+    """
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not _sees(run.path / _LOCK, token):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {world.rank} on {socket.gethostname()} does not see what rank 0 wrote into the run directory",
+                where=str(run.path),
+                remedy="Choose a run_dir on a file system that all nodes share.",
+            )
+        time.sleep(0.1)
+
+
+def _sees(file: Path, token: str) -> bool:
+    try:
+        return token in file.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
 
 
 def _refuse_foreign(run: RunDir) -> None:
@@ -149,8 +183,11 @@ def _check_validation(validation: Index, index: Index, where: str) -> None:
     verify_shards(validation, checksums=False)
 
 
-def _lock(run: RunDir, held: list[int]) -> list[str]:
-    """Take the run directory's lock, held until the process ends: two trainings in one directory spoil each other."""
+def _lock(run: RunDir, token: str, held: list[int]) -> list[str]:
+    """Take the run directory's lock, held until the process ends: two trainings in one directory spoil each other.
+
+    It holds the pid, the host and `token`, by which the other nodes know the directory again.
+    """
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(run.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -161,7 +198,7 @@ def _lock(run: RunDir, held: list[int]) -> list[str]:
         holder = os.pread(handle, 200, 0).decode(errors="replace").split()
         os.close(handle)
         raise UserError(
-            f"another process is training in this run directory (pid and host: {' '.join(holder)})",
+            f"another process is training in this run directory (pid and host: {' '.join(holder[:2])})",
             where=str(run.path),
             remedy="Wait for it or stop it, or choose another run_dir.",
         ) from error
@@ -169,7 +206,8 @@ def _lock(run: RunDir, held: list[int]) -> list[str]:
         notes = [f"this file system has no locks ({error.strerror}): take care that only one job trains in {run.path}"]
     with disk_errors(run.path):
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()} {token}\n".encode(), 0)
+        os.fsync(handle)  # to the server, where the other nodes look
     held.append(handle)
     # A loader worker that outlives a killed rank for some seconds must not hold its lock.
     os.register_at_fork(after_in_child=partial(_let_go, held))

@@ -12,7 +12,7 @@ from mf_scale.config.load import config_to_dict
 from mf_scale.distributed import comm
 from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
 from mf_scale.tracking.console import ProgressLine
-from mf_scale.tracking.metrics import MetricsLog
+from mf_scale.tracking.metrics import WAITING_BYTES, MetricsLog
 from mf_scale.tracking.wandb_run import WandbRun
 from mf_scale.training.session import Session
 from mf_scale.training.state import library_versions
@@ -61,9 +61,9 @@ class Recorder:
         problem = self.flush()
         if problem is not None:
             raise UserError(
-                f"the run is done, but its last lines are lost: {problem}",
+                f"the last lines of {problem}",
                 where=str(self._session.run.path),
-                remedy="The checkpoints are whole; free some space before the next run.",
+                remedy="They are lost, the committed checkpoints are whole. Free some space before the next start.",
             )
 
     def step(self, step: int, means: dict[str, Any], **values: Any) -> None:
@@ -116,7 +116,9 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
 @contextmanager
 def open_recorder(session: Session) -> Iterator[Recorder]:
     """The recorder of a session, with its `start` event written and the start shown."""
-    log = comm.together(lambda: MetricsLog(session.run.metrics) if session.world.first else None)
+    log = comm.together(
+        lambda: MetricsLog(session.run.metrics, waiting_bytes=WAITING_BYTES) if session.world.first else None
+    )
     wandb = None
     if log is not None:
         wandb = WandbRun(session.config.tracking, session.run, config_to_dict(session.config))

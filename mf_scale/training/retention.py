@@ -25,9 +25,7 @@ def surplus(steps: Collection[int], config: CheckpointConfig, best: int | None) 
     )
 
 
-def retain(
-    run: RunDir, config: CheckpointConfig, sound: Collection[int], between: Callable[[], None]
-) -> list[Path]:
+def retain(run: RunDir, config: CheckpointConfig, sound: Collection[int], between: Callable[[], None]) -> list[Path]:
     """Remove the surplus, oldest first, unless none of those that stay is sound; what was removed. Rank 0 only.
 
     A checkpoint that is a link is not ours to remove.

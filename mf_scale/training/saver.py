@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,13 @@ from mf_scale.training.retention import retain
 from mf_scale.training.session import Session
 from mf_scale.training.snapshot import FileBytes, Snapshot, live_files
 from mf_scale.training.state import surroundings
+from mf_scale.training.tensor_file import lay_out
 from mf_scale.training.writer import Writer, attempt
 
 RETRY_SECONDS = 60.0
 """After a save that failed, the next try comes as soon, if none is due before."""
+SLOW_SECONDS = 300.0
+"""A write that takes longer is said: a storage that hangs raises nothing."""
 _POLL_SECONDS = 0.05
 
 
@@ -35,6 +38,8 @@ class _Pending:
     began: float
     stall: float
     """Seconds that the training has paid so far."""
+    slow: bool = False
+    """It was said already that the write takes long."""
 
 
 class Saver:
@@ -50,31 +55,43 @@ class Saver:
         self._snapshot = Snapshot(session.device)
         self._writer, self._remover = Writer("checkpoint"), Writer("retention")
         self._pending: _Pending | None = None
-        self._committed = session.state.step if session.resumed else -1
-        self._sound = {self._committed} if session.resumed else set()
+        # A state that went back differs from its checkpoint's in what it leaves out.
+        self._committed = session.state.step if session.resumed and not session.rolled_back else -1
+        self._sound = {session.state.step} if session.resumed else set()
         self._began = time.monotonic()
         self._retry_at: float | None = None
         self._problem: str | None = None
-        self._last = False
+        self._last = self._failing = False
+        self._untidy: int | None = None
+        """Step of a save after which nothing was removed, since an earlier removal was under way."""
         self._said: set[str] = set()
 
     def prepare(self) -> None:
-        """Take the host memory of the next snapshot now: a start can wait for it more easily than a step.
+        """Take the host memory of every snapshot now: a start can wait for it more easily than a step.
 
-        Of the tensors that are there: the moments come with the first update. UserError where the host has no room.
+        UserError where the host has no room for it, and, saving synchronously too, for a tensor that a checkpoint
+        cannot hold.
         """
-        if self._config.asynchronous:
-            try:
+        try:
+            if self._config.asynchronous:
                 self._snapshot.prepare(self._session.contents())
-            except RuntimeError as error:
-                what = f"there is no host memory for a checkpoint's copy: {error}"
-                raise UserError(what, remedy="Save in the training thread: checkpoint.asynchronous=false.") from error
+            else:
+                for content in self._session.contents():
+                    lay_out(content.tensors, content.metadata)
+        except RuntimeError as error:
+            what = f"there is no host memory for a checkpoint's copy: {error}"
+            raise UserError(what, remedy="Save in the training thread: checkpoint.asynchronous=false.") from error
+        except TypeError as error:
+            what = f"the model cannot be saved: {error}"
+            raise UserError(what, where="checkpoint", remedy="Give the model no tensor of this type.") from error
 
     def due_by_time(self) -> bool:
         """On rank 0, True when `checkpoint.every_minutes` have passed, or a minute since a save that failed.
 
         The ranks hear of it in the step's collective. False while a write is under way.
         """
+        if self._pending is not None:
+            self._say_slow(self._pending, [] if self._writer.ended else [self._session.world.rank])
         if not self._session.world.first or self._pending is not None:
             return False
         now, minutes = time.monotonic(), self._config.every_minutes
@@ -84,6 +101,11 @@ class Saver:
     def written(self) -> bool:
         """This rank has a write that ended, well or not, and is not committed yet."""
         return self._pending is not None and self._writer.ended
+
+    @property
+    def newest(self) -> int:
+        """Step of the newest state that was saved or is being saved; -1: none."""
+        return self._committed if self._pending is None else self._pending.step
 
     def save(self) -> float:
         """Begin to save the present state, after finishing a save that is under way; seconds of the training it took.
@@ -107,6 +129,9 @@ class Saver:
         self._finish_write()
         if self._remover.busy:
             self._say_once(self._remover.wait().problem)
+        if self._untidy is not None:
+            self._tidy(self._untidy)
+            self._say_once(self._remover.wait().problem)
 
     def save_last(self) -> None:
         """Commit before the run ends; raises UserError where that fails, since this state would be lost."""
@@ -116,14 +141,21 @@ class Saver:
         self.finish()
         if self._session.state.step != self._committed:
             what = f"the last checkpoint could not be written: {self._problem}"
-            raise comm.agreed(UserError(what, where=str(self._session.run.checkpoints)))
+            remedy = "Then start the same command again: committed checkpoints are intact."
+            raise comm.agreed(UserError(what, where=str(self._session.run.checkpoints), remedy=remedy))
 
     def _finish_write(self) -> None:
         if self._pending is None:
             return
         began = time.monotonic()
         # In short collectives, since one long wait for a slow disk would run into their time limit.
-        while comm.sum_array(np.array([not self._writer.ended], dtype=np.int64))[0]:
+        mine = np.zeros(self._session.world.size, dtype=np.int64)
+        while True:
+            mine[self._session.world.rank] = not self._writer.ended
+            writing = np.flatnonzero(comm.sum_array(mine))
+            if not writing.size:
+                break
+            self._say_slow(self._pending, writing.tolist())
             self._writer.join(_POLL_SECONDS)
         self._pending.stall += time.monotonic() - began
         self._settle()
@@ -154,12 +186,14 @@ class Saver:
             return
         began = time.monotonic()
         outcome = self._writer.wait()
-        self._recorder.flush()  # a committed checkpoint must not know more steps than the metrics
+        unwritten = self._recorder.flush()  # a committed checkpoint must not know more steps than the metrics
+        if unwritten is not None:
+            outcome = replace(outcome, result=None, problem=outcome.problem or unwritten)
         done = commit(self._session.run, pending.step, self._session.world, outcome)
         if done.problem is not None:
             self._failed(pending.step, done.problem)
             return
-        self._committed = pending.step
+        self._committed, self._failing = pending.step, False
         self._sound.add(pending.step)
         if self._session.world.first:
             self._tidy(pending.step)
@@ -176,12 +210,14 @@ class Saver:
     def _tidy(self, step: int) -> None:
         """Move `latest`, and remove what is no longer kept behind the training: it takes seconds on a slow disk."""
         self._say_once(point_latest(self._session.run))
-        best = self._session.state.best
-        between = partial(faults.reach, "save.retain", rank=self._session.world.rank, step=step)
+        if self._remover.busy and not self._remover.ended:
+            self._untidy = step  # the training does not wait for it: the next save removes more
+            return
         if self._remover.busy:
             self._say_once(self._remover.wait().problem)
-        sound = frozenset(self._sound)
-        self._remover.start(partial(retain, self._session.run, self._config, best[0] if best else None, sound, between))
+        self._untidy = None
+        between = partial(faults.reach, "save.retain", rank=self._session.world.rank, step=step)
+        self._remover.start(partial(retain, self._session.run, self._config, frozenset(self._sound), between))
 
     def _failed(self, step: int, problem: str) -> None:
         self._problem = problem
@@ -189,7 +225,21 @@ class Saver:
         self._recorder.event("save_failed", step=step, reason=problem)
         after = "the run ends" if self._last else "the run goes on"
         self._recorder.note(f"the checkpoint of step {step} was not written, {after}: {problem}")
-        self._recorder.alert("checkpoint not written", problem)
+        if not self._failing:  # once, and not once a minute until somebody has made room
+            self._recorder.alert("checkpoint not written", problem)
+        self._failing = True
+
+    def _say_slow(self, pending: _Pending, ranks: list[int]) -> None:
+        """Once for a write that takes unusually long; `ranks` are those known to write still."""
+        seconds = time.monotonic() - pending.began
+        if pending.slow or seconds < SLOW_SECONDS:
+            return
+        pending.slow = True
+        who = f" on rank {', '.join(map(str, ranks[:8]))}" if ranks else ""
+        what = f"the checkpoint of step {pending.step} is being written for {seconds / 60:.0f} minutes{who}"
+        self._recorder.event("save_slow", step=pending.step, seconds=round(seconds, 3), ranks=ranks)
+        self._recorder.note(f"{what}: the storage is slow or hangs")
+        self._recorder.alert("checkpoint slow", what)
 
     def _say_once(self, sentence: str | None) -> None:
         if sentence is not None and sentence not in self._said:

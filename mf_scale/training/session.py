@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
-from mf_scale.fragments import read_fragments
+from mf_scale.fragments import partition_file, read_fragments
 from mf_scale.kernels.choose import choose_kernels, fallback_reason
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.terms import StepLoss
@@ -31,7 +32,7 @@ from mf_scale.training.ema import Ema
 from mf_scale.training.initial import initial_model
 from mf_scale.training.optimizer import build_optimizer, group_table
 from mf_scale.training.precision import autocast, set_numerics
-from mf_scale.training.preflight import examine, settle
+from mf_scale.training.preflight import examine, refuse_unshared, settle
 from mf_scale.training.snapshot import FileContents
 from mf_scale.training.spike import Rollback
 from mf_scale.training.state import TrainState
@@ -60,6 +61,8 @@ class Session:
     settings: dict[str, str]
     """Texts of config.yaml and vocabulary.json by file name, for the checkpoints."""
     resumed: bool
+    rolled_back: bool
+    """It went back from a spike just now, which no checkpoint knows yet."""
     notes: list[str]
     """What a person should know about this start."""
 
@@ -91,6 +94,7 @@ def open_session(
     try:
         numerics = set_numerics(config, device)
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
+        comm.together(lambda: refuse_unshared(run, found["token"], world))
         index = comm.together(lambda: Index.open(str(config.data.train)))
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
         init_from = Path(found["init_from"]) if found["init_from"] else None
@@ -114,12 +118,10 @@ def open_session(
                 *filter(None, [plan_note(config, plan)]),
                 groups,
             ]
-        state, message = comm.together(lambda: _state(config, index, checkpoint))
-        if rollback is not None:
-            rollback.apply(state)
+        state, message = comm.together(lambda: _state(config, index, checkpoint, rollback))
         engine.prepare_moments(state.updates)
         if checkpoint is not None:
-            comm.together(lambda: _read_tensors(engine, ema, checkpoint))
+            comm.together(lambda: _read_tensors(engine, ema, checkpoint, world))
         settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(index.vocabulary.to_dict(), indent=1)}
         validation = comm.together(lambda: Index.open(config.data.val) if config.data.val else None)
         notes += comm.on_first_rank(lambda: settle(run, settings, [Path(folder) for folder in found["damaged"]]))
@@ -139,6 +141,7 @@ def open_session(
             state=state,
             settings=settings,
             resumed=checkpoint is not None,
+            rolled_back=rollback is not None,
             notes=[*notes, *([message] if message else [])],
         )
     finally:
@@ -148,11 +151,10 @@ def open_session(
             os.close(lock.pop())
 
 
-def _read_tensors(engine: Engine, ema: Ema | None, checkpoint: Path) -> None:
+def _read_tensors(engine: Engine, ema: Ema | None, checkpoint: Path, world: World) -> None:
     """Moments, average and loss scale of a checkpoint; its weights were the model's before it was wrapped."""
-    read_fragments(engine.needed_fragments(), checkpoint)
-    if ema is not None:
-        read_fragments(ema.fragments(), checkpoint, average_from_weights=True)
+    wanted = chain(engine.needed_fragments(), ema.fragments() if ema is not None else ())
+    read_fragments(wanted, checkpoint, own=partition_file(world.rank, world.size), average_from_weights=True)
     engine.loss_scale.load(read_json(checkpoint / STATE)["loss_scale"])
 
 
@@ -165,8 +167,13 @@ def _kernels(config: Config, device: torch.device) -> list[str]:
     return [f"matching and mask loss: {choose_kernels(*asked)}" + (f" ({reason})" if reason else "")]
 
 
-def _state(config: Config, index: Index, checkpoint: Path | None) -> tuple[TrainState, str | None]:
+def _state(
+    config: Config, index: Index, checkpoint: Path | None, rollback: Rollback | None
+) -> tuple[TrainState, str | None]:
     saved = TrainState.from_dict(read_json(checkpoint / STATE)) if checkpoint else None
+    if rollback is not None:
+        saved = saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=rollback.data)
+        rollback.apply(saved)
     data, message = open_segment(
         saved.data if saved else None,
         saved.step if saved else 0,

@@ -56,9 +56,10 @@ class Rollback:
 def plan_rollback(
     state: TrainState, config: GuardConfig, *, step: int, to: int, keys: Sequence[str], where: str
 ) -> Rollback:
-    """Going back from a spike in step `step` (numbered from 1) to the checkpoint of `to` < step steps.
+    """Going back from a spike in step `step` (numbered from 1) to the checkpoint of `to` steps.
 
-    The steps up to the spike's see the same global batches again; at the spike's, `spike_skip` of them are left out.
+    Of the range that is left out half lies before the spike's batch (`first_left_out`): a loss shows what the updates
+    before it did.
     All ranks call it: GuardError where the run has gone back `spike_rollbacks` times before, with the spike's samples,
     whose `keys` rank 0 needs alone.
     """
@@ -75,4 +76,10 @@ def plan_rollback(
         )
         raise comm.agreed(error)
     record = {"step": step, "to": to, "skipped": config.spike_skip}
-    return Rollback(leave_out(state.data, step - 1, config.spike_skip), [*state.rollbacks, record])
+    left_out = leave_out(state.data, first_left_out(config, step), config.spike_skip)
+    return Rollback(left_out, [*state.rollbacks, record])
+
+
+def first_left_out(config: GuardConfig, step: int) -> int:
+    """The first global batch (from 0) that is left out for a spike in step `step` (from 1), whose own is step - 1."""
+    return max(0, step - 1 - config.spike_skip // 2)

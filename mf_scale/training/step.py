@@ -144,8 +144,7 @@ def train_step(
         seed_model(seed, step, lane=world.rank + world.size * number * plan.micro_batch)
         faults.reach("train.forward", rank=world.rank, step=step + 1)
         losses = criterion(engine.forward(micro.images), micro, agreement.normalisers)
-        if faults.is_ordered("nan", "loss", rank=world.rank, step=step + 1):
-            losses = poisoned(losses)
+        losses = disturbed(losses, rank=world.rank, step=step + 1)
         engine.backward(losses.total)
         terms.append(torch.stack([losses.terms[name] for name in criterion.names]))
         counts = [so_far + losses.counts[name] for so_far, name in zip(counts, criterion.counted, strict=True)]
@@ -166,8 +165,14 @@ def _flat(terms: list[Tensor], outcome: StepOutcome) -> Tensor:
     return torch.cat([*terms, last]).float()
 
 
-def poisoned(losses: LossTerms) -> LossTerms:
-    """The loss with its total and its first term made NaN, for tests."""
+def disturbed(losses: LossTerms, *, rank: int, step: int) -> LossTerms:
+    """The loss as it is, or, where a test ordered it here, with its total and first term NaN or a thousandfold."""
+    ordered = [factor for action, factor in _DISTURBANCES if faults.is_ordered(action, "loss", rank=rank, step=step)]
+    if not ordered:
+        return losses
     first = next(iter(losses.terms))
-    terms = {**losses.terms, first: losses.terms[first] * float("nan")}
-    return LossTerms(losses.total * float("nan"), terms, losses.counts, losses.nonfinite)
+    terms = {**losses.terms, first: losses.terms[first] * ordered[0]}
+    return LossTerms(losses.total * ordered[0], terms, losses.counts, losses.nonfinite)
+
+
+_DISTURBANCES = (("nan", float("nan")), ("spike", 1000.0))

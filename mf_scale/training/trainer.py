@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -46,7 +47,8 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
     rollback: Rollback | None = None
     while True:
         faults.reach("start", rank=world.rank, step=0)
-        if comm.sum_array(np.array([int(flag.wanted)]))[0]:  # asked while the program was starting
+        # Later a step's agreement hears of it, which saves first: a rollback is in no checkpoint yet.
+        if rollback is None and comm.sum_array(np.array([int(flag.wanted)]))[0]:  # asked while the program was starting
             comm.barrier()
             raise StoppedOnRequest
         with open_session(config, world, device, rollback) as session, open_recorder(session) as recorder:
@@ -58,6 +60,11 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
             rollback = turn_back(session, recorder, end) if isinstance(end, Spike) else None
         if rollback is None:
             return
+        # Weights, moments and pinned memory of the session that ended make room for those of the next.
+        del session, recorder, end
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
@@ -66,6 +73,8 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
     if session.state.step >= session.config.train.steps:
         recorder.note(f"nothing to do: {session.state.step:,} of {session.config.train.steps:,} steps are done")
     comm.together(saver.prepare)
+    if session.rolled_back:
+        saver.save()
     stopped = _run_steps(session, recorder, saver, ledger, flag)
     if ledger.halted:
         saver.finish()
@@ -110,7 +119,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
                 comm.together(partial(_raise, failure))
             if agreement.stop:
                 return True
-            if agreement.save and not ledger.in_dead_row:
+            if agreement.save and _adds(session, saver, ledger):
                 ledger.meter.pause(saver.save())
             assert batch is not None  # else the step had failed, or the ranks had agreed to stop
             ledger.book(_train_step(session, batch, agreement, ledger), waited)
@@ -125,7 +134,7 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
             if ledger.halted:
                 return False
             ledger.meter.pause(_validate_if_due(session, recorder, saver, flag))
-            if _save_due(session) and not ledger.in_dead_row:
+            if _best_here(session) or (_save_due(session) and _adds(session, saver, ledger)):
                 ledger.meter.pause(saver.save())
     if comm.sum_array(np.array([int(recorder.failure is not None)]))[0]:
         saver.save_last()
@@ -217,10 +226,22 @@ def _flat(parts: list[list[Any]] | None) -> list[Any]:
 
 
 def _save_due(session: Session) -> bool:
-    """By steps, or because the validation at this step was the best so far."""
-    config, state = session.config.checkpoint, session.state
-    best = config.keep_best and state.best is not None and state.best[0] == state.step
-    return best or (bool(config.every_steps) and state.step % config.every_steps == 0)
+    every = session.config.checkpoint.every_steps
+    return bool(every) and session.state.step % every == 0
+
+
+def _best_here(session: Session) -> bool:
+    """The validation at this step was the best so far, and its checkpoint is to be kept."""
+    best = session.state.best
+    return session.config.checkpoint.keep_best and best is not None and best[0] == session.state.step
+
+
+def _adds(session: Session, saver: Saver, ledger: Ledger) -> bool:
+    """Whether a checkpoint would hold other weights than the newest one.
+
+    Within a row of steps without an update each one would push out the checkpoints from before.
+    """
+    return not ledger.dead_row or saver.newest < session.state.step - ledger.dead_row
 
 
 def _validation_due(session: Session) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mf_scale.distributed import comm
-from mf_scale.rundir import checkpoint_step, committed_checkpoints
+from mf_scale.rundir import checkpoint_step, committed_checkpoints, disk_errors
 from mf_scale.training.checkpoint import ABANDONED, set_aside
 from mf_scale.training.guard import sound_checkpoint_before
 from mf_scale.training.ledger import Spike
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.session import Session
-from mf_scale.training.spike import Rollback, plan_rollback
+from mf_scale.training.spike import Rollback, first_left_out, plan_rollback
 
 
 def turn_back(session: Session, recorder: Recorder, spike: Spike) -> Rollback:
@@ -18,15 +18,14 @@ def turn_back(session: Session, recorder: Recorder, spike: Spike) -> Rollback:
     Raises GuardError where the run has gone back too often. Without a checkpoint from before, it begins anew.
     """
     keys = comm.broadcast_object(_flat(comm.gather_objects(spike.keys)))
-    back_to = comm.on_first_rank(lambda: _step_before(session, spike.step))
+    first = first_left_out(session.config.guard, spike.step)
+    back_to = comm.on_first_rank(lambda: _step_before(session, first + 1))
     where = str(session.run.path)
     rollback = plan_rollback(session.state, session.config.guard, step=spike.step, to=back_to, keys=keys, where=where)
-    comm.on_first_rank(lambda: _set_aside_later(session, spike.step))
+    comm.on_first_rank(lambda: _set_aside_later(session, back_to))
     left_out = session.config.guard.spike_skip
     recorder.event("rollback", spike=spike.step, to=back_to, skipped=left_out, keys=keys)
-    sentence = (
-        f"the loss of step {spike.step} jumped: going back to step {back_to}, and there without {left_out} batches"
-    )
+    sentence = f"the loss of step {spike.step} jumped: going back to step {back_to}, and on without {left_out} batches"
     recorder.note(sentence)
     recorder.alert("the loss jumped", sentence)
     return rollback
@@ -39,8 +38,9 @@ def _step_before(session: Session, step: int) -> int:
 
 
 def _set_aside_later(session: Session, step: int) -> None:
-    """On rank 0: no start takes a checkpoint that has seen the spike."""
-    set_aside([f for f in committed_checkpoints(session.run) if checkpoint_step(f) >= step], ABANDONED)
+    """On rank 0: no start takes a checkpoint of what is left behind."""
+    with disk_errors(session.run.checkpoints):
+        set_aside([f for f in committed_checkpoints(session.run) if checkpoint_step(f) > step], ABANDONED)
 
 
 def _flat(parts: list[list[str]] | None) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from mf_scale.config.load import load_config
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import world_from_environment
-from mf_scale.errors import StoppedOnRequest
+from mf_scale.errors import GuardError, StoppedOnRequest
 from mf_scale.faults import VARIABLE
 from mf_scale.training.preemption import install_handlers
 from mf_scale.training.trainer import train_run
@@ -21,7 +21,7 @@ def main() -> None:
     with comm.process_group(world, timeout=120) as device:
         for overrides, fault in json.loads(sys.argv[1]):
             os.environ[VARIABLE] = fault
-            with contextlib.suppress(StoppedOnRequest):
+            with contextlib.suppress(StoppedOnRequest, GuardError):
                 train_run(load_config(None, overrides), world, device, install_handlers())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -67,13 +68,11 @@ def test_killed_at_every_boundary_of_a_save(tmp_path: Path, packed: Path, undist
         assert steps(run) == left, order
         assert all(checkpoint_damage(folder) is None for folder in committed_checkpoints(RunDir(run.folder))), order
         resumes = left[0]
-    removed = [
-        entry.name for entry in (run.folder / "checkpoints").iterdir() if not (entry / "manifest.json").is_file()
-    ]
-    assert removed == ["step-00000004"], "killed in the middle of a removal"
+    removed = [entry.name for entry in (run.folder / "checkpoints").iterdir() if entry.name.startswith(".")]
+    assert removed == [".removing-step-00000004"], "killed in the middle of a removal"
     done = run.train(*SETTINGS)
     assert done.returncode == 0, done.stderr
-    assert "removed the unfinished step-00000004" in done.stderr
+    assert "removed the unfinished .removing-step-00000004" in done.stderr
     assert_same_history(run, undisturbed)
     names = sorted(entry.name for entry in (run.folder / "checkpoints").iterdir())
     assert names == ["latest", "step-00000010", "step-00000012"]
@@ -117,6 +116,13 @@ def test_a_stop_signal_in_the_middle_of_a_write_spoils_nothing(tmp_path: Path, p
     assert_same_history(run, undisturbed)
 
 
+def fill(ballast: Path, left: int) -> None:
+    """Let `ballast` grow until `left` bytes of its disk are free."""
+    with ballast.open("ab", buffering=0) as stream, contextlib.suppress(OSError):
+        while (free := shutil.disk_usage(ballast.parent).free - left) > 0:
+            stream.write(bytes(min(free, 2**20)))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
@@ -131,8 +137,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(small_disk: Path, packed: Path) -> None:
-    """In the thread that writes, while the training goes on."""
+@pytest.mark.parametrize("left", [8 * 2**20, 0])
+def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(
+    small_disk: Path, packed: Path, left: int
+) -> None:
+    """In the thread that writes, while the training goes on. With no byte left the metrics wait in memory too."""
     run = Run(small_disk / "run", packed)
     seen: dict[str, list[int]] = {}
 
@@ -148,19 +157,30 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(small_disk
     def fill_and_empty() -> None:
         if wait_for("save"):
             ballast = small_disk / "ballast"
-            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 8 * 2**20))
-            wait_for("save_failed")
+            fill(ballast, left)
+            if left:
+                wait_for("save_failed")
+            else:
+                seen["save_failed"] = steps(run)
+                for _ in range(60):  # what the run removes meanwhile is filled again
+                    time.sleep(0.1)
+                    fill(ballast, left)
+                seen["written"] = [run.last_step()]
             ballast.unlink()
 
     disturber = threading.Thread(target=fill_and_empty)
     disturber.start()
-    done = run.train("train.steps=40", *SETTINGS[1:], "checkpoint.every_steps=4")
+    last = 40 if left else 160
+    done = run.train(f"train.steps={last}", *SETTINGS[1:], "checkpoint.every_steps=4")
     disturber.join()
     assert done.returncode == 0, done.stderr
+    if not left:
+        assert done.stderr.index("was not written, the run goes on") < done.stderr.index(f"step {last}/")
+        assert seen["written"][0] < last - 8, "the disk had room again before the run ended"
     failed = [record for record in run.records() if record["event"] == "save_failed"]
     assert failed and all("No space left on device" in record["reason"] for record in failed), done.stderr
     assert "the run goes on" in done.stderr
     assert seen["save_failed"], "the older checkpoints stayed"
-    assert list(run.series("step", "loss")) == list(range(1, 41))
-    assert steps(run) == [40, 36]
+    assert list(run.series("step", "loss")) == list(range(1, last + 1))
+    assert steps(run) == [last, last - 4]
     assert all(checkpoint_damage(folder) is None for folder in committed_checkpoints(RunDir(run.folder)))

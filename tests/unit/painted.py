@@ -21,7 +21,7 @@ from mf_scale.config.schema import Config
 from mf_scale.data.batch import NONE
 from mf_scale.data.index import Index
 from mf_scale.models.outputs import MaskPrediction
-from mf_scale.rundir import CONFIG, MANIFEST, STATE, VOCABULARY, WEIGHTS, RunDir, file_digest
+from mf_scale.rundir import CONFIG, FORMAT, MANIFEST, STATE, VOCABULARY, WEIGHTS, RunDir, file_digest
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 
 VOCABULARY_4 = Vocabulary(
@@ -113,5 +113,5 @@ def write_checkpoint(
     (folder / CONFIG).write_text(config_to_yaml(config))
     (folder / VOCABULARY).write_text(json.dumps(vocabulary.to_dict()))
     files = {f.name: {"size": f.stat().st_size, "sha256": file_digest(f)} for f in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
     return folder

@@ -21,11 +21,12 @@ from mf_scale.rundir import (
     RunDir,
     checkpoint_damage,
     committed_checkpoints,
+    disk_errors,
     newest_sound_checkpoint,
     resolve_checkpoint,
 )
 from mf_scale.training import checkpoint
-from mf_scale.training.checkpoint import begin, commit, point_latest, set_aside, sweep, write_files
+from mf_scale.training.checkpoint import DAMAGED, begin, commit, point_latest, set_aside, sweep, write_files
 from mf_scale.training.snapshot import FileContents, live_files
 from mf_scale.training.writer import Writer, attempt
 
@@ -161,7 +162,7 @@ def test_latest_leads_to_the_newest_and_to_nothing_that_is_not_there(run: RunDir
         assert (run.checkpoints / LATEST).readlink() == Path(run.checkpoint(step).name)
     assert resolve_checkpoint(str(run.checkpoints / LATEST))[0] == run.checkpoints.resolve().parent
     assert [folder.name for folder in committed_checkpoints(run)] == ["step-00000008", "step-00000004"]
-    set_aside([run.checkpoint(8)])
+    set_aside([run.checkpoint(8)], DAMAGED)
     sweep(run)
     assert (run.checkpoints / LATEST).resolve() == run.checkpoint(4).resolve()
     shutil.rmtree(run.checkpoint(4))
@@ -204,3 +205,36 @@ def test_the_writer_takes_one_job_at_a_time_and_keeps_its_outcome() -> None:
     writer.start(fails)
     outcome = writer.wait()
     assert (outcome.result, outcome.problem) == (None, "ValueError: no")
+
+
+@pytest.mark.parametrize("fails", ["temporary", "parent"])
+def test_a_failing_fsync_before_the_rename_is_a_problem_and_after_it_none(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def fsync(folder: Path) -> None:
+        if (folder == run.checkpoints) == (fails == "parent"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "fsync_folder", fsync)
+    problem = save(run, 8)
+    assert (problem is None) == (fails == "parent") == ("step-00000008" in names(run))
+
+
+def test_a_problem_of_a_save_does_not_speak_of_a_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "full save.part")
+    said = str(save(run, 8))
+    assert "No space left on device. Free some space" in said and "start" not in said
+    monkeypatch.delenv(faults.VARIABLE)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # The manifest's own writing turns it into a UserError for a program that ends.
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda file, text: _through_disk_errors(file, refuse))
+    said = str(save(run, 8))
+    assert "No space left on device. Free some space" in said and "start" not in said
+
+
+def _through_disk_errors(file: Path, refuse: Any) -> None:
+    with disk_errors(file):
+        refuse()

@@ -166,3 +166,98 @@ def test_gaps_missing_shapes_and_unreadable_files_are_errors(tmp_path: Path) -> 
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint_weights(tmp_path, "raw")
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are opened from now on."""
+    import safetensors
+
+    names, open_file = [], safetensors.safe_open
+
+    def noting(path: Path, **options: str) -> object:
+        names.append(Path(path).name)
+        return open_file(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", noting)
+    return names
+
+
+def test_in_the_same_layout_only_the_own_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(tmp_path / WEIGHTS, FULL)
+    write_pieces(tmp_path, THREE, ["exp_avg", "ema"])
+    names, own = opened(monkeypatch), partition_file(1, 3)
+    mine = [empty("a.weight", 5, 12, "exp_avg"), empty("b/odd.name", 0, 1, "exp_avg", "ema")]
+    read_fragments(mine, tmp_path, own=own, average_from_weights=True)
+    assert names == [WEIGHTS, own]
+    assert all(torch.equal(values, wanted(f, kind)) for f in mine for kind, values in f.values.items())
+
+
+@pytest.mark.parametrize("own", [partition_file(1, 3), partition_file(0, 2)])
+def test_what_the_own_file_lacks_is_read_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    write_tensors(tmp_path / WEIGHTS, FULL)
+    write_pieces(tmp_path, THREE, ["exp_avg"])
+    names = opened(monkeypatch)
+    mine = [empty("a.weight", 4, 12, "exp_avg"), empty("b/odd.name", 0, 7, "exp_avg", "ema")]
+    read_fragments(mine, tmp_path, own=own, average_from_weights=True)
+    assert sorted(names) == sorted([WEIGHTS, *(partition_file(rank, 3) for rank in range(3))]), "each of them once"
+    assert torch.equal(mine[0].values["exp_avg"], wanted(mine[0], "exp_avg"))
+    assert torch.equal(mine[1].values["ema"], FULL["b/odd.name"]), "no rank has an average: it begins at the weights"
+
+
+def test_an_average_that_only_another_rank_has_is_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    write_tensors(tmp_path / WEIGHTS, FULL)
+    write_pieces(tmp_path, [{}, {"a.weight": [(0, 12)]}], ["ema"])
+    fragment = empty("a.weight", 0, 12, "ema")
+    read_fragments([fragment], tmp_path, own=partition_file(0, 2), average_from_weights=True)
+    assert torch.equal(fragment.values["ema"], wanted(fragment, "ema"))
+
+
+HOSTILE_SHAPES = [
+    "[" * 100_000,
+    "{",
+    "[1]",
+    '{"a": NaN}',
+    '{"a": [NaN]}',
+    '{"a": [-2, -2]}',
+    '{"a": [[4]]}',
+    '{"a": [true, 4]}',
+    '{"a": 4}',
+    '{"a": [1000000000000, 1000000000000]}',
+    '{"a": [' + "9" * 30 + "]}",
+    '{"a": [2]}',
+]
+
+
+@pytest.mark.parametrize("shapes", HOSTILE_SHAPES)
+def test_shapes_that_somebody_made_up_are_a_users_mistake(tmp_path: Path, shapes: str) -> None:
+    write_tensors(tmp_path / WEIGHTS, BUFFERS)
+    write_tensors(tmp_path / partition_file(0, 1), {"weight/0/a": torch.zeros(4)}, {"shapes": shapes})
+    with pytest.raises(UserError, match=r"cannot be read|holds 4 of") as caught:
+        checkpoint_weights(tmp_path, "raw")
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a", "weight/a", "weight/x/a", "weight/-1/a", "weight//a", "weight/1.5/a"])
+def test_keys_that_name_no_piece_are_a_users_mistake(tmp_path: Path, key: str) -> None:
+    write_tensors(tmp_path / WEIGHTS, BUFFERS)
+    write_tensors(tmp_path / partition_file(0, 1), {key: torch.zeros(4)}, {"shapes": '{"a": [4]}'})
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint_weights(tmp_path, "raw")
+
+
+@pytest.mark.parametrize("piece", [torch.zeros(2, 2), torch.tensor(1.0)])
+def test_pieces_of_another_form_are_a_users_mistake(tmp_path: Path, piece: Tensor) -> None:
+    write_tensors(tmp_path / WEIGHTS, BUFFERS)
+    write_tensors(tmp_path / partition_file(0, 1), {"weight/0/a": piece}, {"shapes": '{"a": [4]}'})
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint_weights(tmp_path, "raw")
+
+
+@pytest.mark.parametrize("shape", ["[-2, -2]", "[true, 4]", "[4.0]", "[[4]]", "4", "null"])
+def test_a_shape_that_is_none_is_named(tmp_path: Path, shape: str) -> None:
+    write_tensors(tmp_path / WEIGHTS, BUFFERS)
+    write_tensors(tmp_path / partition_file(0, 1), {"weight/0/a": torch.zeros(4)}, {"shapes": f'{{"a": {shape}}}'})
+    with pytest.raises(UserError, match="is not the shape of a"):
+        checkpoint_weights(tmp_path, "raw")

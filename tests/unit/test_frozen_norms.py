@@ -17,9 +17,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from mf_scale.config.schema import BackboneConfig, ModelConfig, PixelLevelConfig
 from mf_scale.models import norms as norms_module
-from mf_scale.models.backbones import build_backbone
+from mf_scale.models.backbones import build_backbone, freeze_norms
 from mf_scale.models.convert import pixel_level
-from mf_scale.models.norms import freeze_norms
 from mf_scale.training.precision import autocast
 
 CPU = torch.device("cpu")

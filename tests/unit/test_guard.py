@@ -11,7 +11,7 @@ from mf_scale.config.train_schema import GuardConfig
 from mf_scale.data.order import Segment
 from mf_scale.data.state import DataState
 from mf_scale.errors import EXIT_GUARD, GuardError
-from mf_scale.rundir import MANIFEST, RunDir
+from mf_scale.rundir import FORMAT, MANIFEST, WEIGHTS, RunDir, file_digest
 from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.training.guard import DeadSteps, skip_report, skip_sentence, sound_checkpoint_before, stop_dead_run
 from mf_scale.training.spike import SpikeGuard, plan_rollback
@@ -112,11 +112,13 @@ def test_a_sentence_stays_short_with_many_ranks_and_samples():
 
 
 def a_run(folder: Path, *steps: int) -> RunDir:
-    """A run directory with committed checkpoints of these steps (without files: nothing in them is read)."""
+    """A run directory with committed checkpoints of these steps (their weights are empty: nothing in them is read)."""
     run = RunDir(folder)
     for step in steps:
         run.checkpoint(step).mkdir(parents=True)
-        (run.checkpoint(step) / MANIFEST).write_text(json.dumps({"files": {}}))
+        (run.checkpoint(step) / WEIGHTS).write_bytes(b"")
+        entry = {"size": 0, "sha256": file_digest(run.checkpoint(step) / WEIGHTS)}
+        (run.checkpoint(step) / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": {WEIGHTS: entry}}))
     return run
 
 
@@ -208,13 +210,13 @@ def test_a_rollback_leaves_out_the_batches_of_the_spike_and_is_recorded():
     resumed = a_state(step=25)
     rollback.apply(resumed)
     assert resumed.rollbacks == [{"step": 30, "to": 25, "skipped": 5}] and live.rollbacks == []
-    assert resumed.data.at(28) == live.data.at(28)
-    at_spike = resumed.data.at(29)
-    assert (at_spike.first_step, at_spike.offset) == (29, 34)
+    assert resumed.data.at(26) == live.data.at(26)
+    left_out = resumed.data.at(27)  # the spike's own batch is 29: 27 to 31 are left out
+    assert (left_out.first_step, left_out.offset) == (27, 32)
     saved = TrainState.from_dict(json.loads(json.dumps(resumed.to_dict())))
     assert saved.data == resumed.data and saved.rollbacks == resumed.rollbacks
     again = plan_rollback(saved, config, step=33, to=25, keys=["a"], where="run")
-    assert [r["step"] for r in again.rollbacks] == [30, 33] and again.data.at(32).offset == 42
+    assert [r["step"] for r in again.rollbacks] == [30, 33] and again.data.at(32).offset == 40
 
 
 def test_a_run_that_went_back_too_often_stops_and_names_steps_and_samples():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from mf_scale.errors import UserError
+from mf_scale.tracking import metrics
 from mf_scale.tracking.metrics import MetricsLog, read_metrics
 
 
@@ -131,3 +134,88 @@ def test_no_space_left_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="Free some space"):
         MetricsLog(tmp_path / "metrics.jsonl").write("step", 1, loss=1.0)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that the disk still takes; a write beyond that is cut short, the next one refused."""
+    room, write = {"bytes": 1 << 40, "error": errno.ENOSPC}, os.write
+
+    def limited(file: int, data: bytes) -> int:
+        taken = data[: room["bytes"]]
+        if data and not taken:
+            raise OSError(room["error"], os.strerror(room["error"]))
+        room["bytes"] -= len(taken)
+        return write(file, taken)
+
+    monkeypatch.setattr(metrics.os, "write", limited)
+    return room
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_lines_wait_for_a_disk_that_is_full_and_keep_their_order(
+    tmp_path: Path, disk: dict[str, int], error: int
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", waiting_bytes=metrics.WAITING_BYTES)
+    log.write("step", 1, loss=1.0)
+    disk["error"], disk["bytes"] = error, 20
+    log.write("step", 2, loss=2.0)
+    log.write("save", 2, path="x")
+    assert _steps(log.path) == [(1, 1.0)] and log.path.read_bytes().endswith(b"}\n"), "no torn line is left"
+    problem = str(log.flush())
+    assert os.strerror(error) in problem and "2 lines wait in memory" in problem
+    disk["bytes"] = 1 << 40
+    log.write("step", 3, loss=3.0)
+    assert [(r["event"], r["step"]) for r in read_metrics(log.path)] == [
+        ("step", 1),
+        ("step", 2),
+        ("save", 2),
+        ("step", 3),
+    ]
+    assert log.flush() is None and log.close() is None and log.close() is None
+
+
+def test_flush_and_close_write_what_waits_or_say_what_is_lost(tmp_path: Path, disk: dict[str, int]) -> None:
+    for name in ("flush", "close", "lost"):
+        log = MetricsLog(tmp_path / name, waiting_bytes=1000)
+        disk["bytes"] = 0
+        log.write("step", 1, loss=1.0)
+        log.write("step", 2, loss=2.0)
+        if name == "lost":
+            assert "2 lines of" in str(log.close()) and "No space left" in str(log.close() or "No space left")
+            continue
+        disk["bytes"] = 1 << 40
+        assert (log.flush() if name == "flush" else log.close()) is None
+        assert _steps(log.path) == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_waits_is_bounded_and_other_errors_do_not_wait(tmp_path: Path, disk: dict[str, int]) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", waiting_bytes=1000)
+    disk["bytes"] = 0
+    log.write("step", 1, text="x" * 500)
+    with pytest.raises(UserError, match="Free some space"):
+        log.write("step", 2, text="x" * 500)
+    disk["error"] = errno.EIO
+    with pytest.raises(UserError, match="Input/output error"):
+        log.write("step", 3)
+    disk["bytes"] = 1 << 40
+    log.write("step", 4)
+    assert [r["step"] for r in read_metrics(log.path)] == [1, 4]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_an_fsync_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """Where a network file system tells of a full disk."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", waiting_bytes=1000)
+
+    def refuse(_: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(metrics.os, "fsync", refuse)
+    log.write("step", 1)
+    assert os.strerror(error) in str(log.flush())
+    if error == errno.ENOSPC:
+        log.write("save", 1)
+    else:
+        with pytest.raises(UserError, match="Input/output error"):
+            log.write("save", 1)

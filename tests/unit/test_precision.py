@@ -41,6 +41,14 @@ SMALL = [
 ]
 
 
+HALF_SUMS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+"""What lets cuBLAS add in half precision."""
+
+
 def config(*overrides: str) -> Config:
     made = load_config(None, [*SMALL, *overrides])
     validate(made)
@@ -55,10 +63,13 @@ def settings() -> Iterator[None]:
     operators = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     operators += [backends.mkldnn.matmul, backends.mkldnn.conv]
     before = [operator.fp32_precision for operator in operators]
+    sums = [getattr(backends.cuda.matmul, name) for name in HALF_SUMS]
     benchmark, repeating = backends.cudnn.benchmark, backends.cudnn.deterministic
     yield
     for operator, value in zip(operators, before, strict=True):
         operator.fp32_precision = value
+    for name, allowed in zip(HALF_SUMS, sums, strict=True):
+        setattr(backends.cuda.matmul, name, allowed)
     backends.cudnn.benchmark, backends.cudnn.deterministic = benchmark, repeating
     torch.use_deterministic_algorithms(False)
     resolve_kernel.cache_clear()
@@ -77,6 +88,17 @@ def test_tf32_is_set_and_said_without_a_warning(tf32: str, chosen: str) -> None:
     assert found == [chosen] * 3
     assert ("rounded" in note) == (tf32 == "true")
     assert backends.cudnn.benchmark
+
+
+def test_products_in_half_precision_are_summed_in_fp32_and_it_is_said() -> None:
+    products: Any = torch.backends.cuda.matmul
+    for name in HALF_SUMS:
+        setattr(products, name, True)
+    (note,) = set_numerics(config(), CPU)
+    assert "bf16" not in note and products.allow_bf16_reduced_precision_reduction, "these are CUDA's"
+    (note,) = set_numerics(config(), torch.device("cuda"))
+    assert "in bf16 and fp16: summed in fp32" in note
+    assert [getattr(products, name) for name in HALF_SUMS] == [False] * 3
 
 
 def test_deterministic_mode_switches_off_what_breaks_it_and_says_so() -> None:

@@ -204,6 +204,11 @@ def test_the_micro_batch_adapts_to_what_a_rank_has(total: int, micro: int, ranks
         (["ema.decay=1.5"], "ema.decay = 1.5 must lie in 0..1"),
         (["ema.decay=-0.1"], "ema.decay = -0.1 must lie in 0..1"),
         (["eval.weights=ema"], "eval.weights = ema asks for a moving average that ema.decay = 0 does not keep"),
+        (["guard.spike_window=5"], "guard.spike_window = 5 does nothing with guard.spike_factor = 0"),
+        (["guard.spike_skip=5"], "guard.spike_skip = 5 does nothing with guard.spike_factor = 0"),
+        (["guard.spike_rollbacks=5"], "guard.spike_rollbacks = 5 does nothing with guard.spike_factor = 0"),
+        (["guard.window=5", "guard.skipped_share=0"], "guard.window = 5 does nothing with guard.skipped_share = 0"),
+        (["guard.window=5", "guard.skipped_share=1"], "guard.window = 5 does nothing with guard.skipped_share = 1"),
         (["guard.spike_factor=0.9"], "guard.spike_factor = 0.9 would take every ordinary loss for a spike"),
     ],
 )
@@ -220,6 +225,9 @@ def test_what_would_do_nothing_or_harm_is_refused(overrides: list[str], said: st
         ["zero.stage=3", "zero.offload_optimizer=true", "zero.offload_parameters=true"],
         ["ema.decay=0.999", "eval.weights=ema"],
         ["guard.spike_factor=3", "train.stop_signals=[]", "train.gc_every=0"],
+        ["guard.spike_factor=3", "guard.spike_window=5", "guard.spike_skip=5", "guard.spike_rollbacks=5"],
+        ["guard.skipped_share=0", "guard.window=500", "guard.spike_window=100", "guard.spike_skip=10"],
+        ["guard.skipped_share=0.3", "guard.window=50"],
         ["train.precision=fp16", "zero.stage=0"],
     ],
 )

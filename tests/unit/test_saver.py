@@ -31,8 +31,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.alerts: list[str] = []
+        self.notes, self.alerts = list[str](), list[str]()
+        self.unwritten: str | None = None
 
     def event(self, event: str, *, step: int | None = None, **values: Any) -> None:
         self.events.append({"event": event, "step": step, **values})
@@ -43,8 +43,8 @@ class Recorder:
     def alert(self, title: str, text: str) -> None:
         self.alerts.append(f"{title}: {text}")
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> str | None:
+        return self.unwritten
 
     def of(self, event: str) -> list[dict[str, Any]]:
         return [record for record in self.events if record["event"] == event]
@@ -53,8 +53,7 @@ class Recorder:
 class Clock:
     """Time that a test moves on."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    now = 1000.0
 
     def monotonic(self) -> float:
         return self.now
@@ -78,6 +77,7 @@ def make_session(folder: Path, *, resumed: bool = False, first: bool = True, **c
         device=torch.device("cpu"),
         state=make_state(),
         resumed=resumed,
+        rolled_back=False,
         settings={CONFIG: "seed: 3\n", VOCABULARY: "{}"},
         engine=SimpleNamespace(
             stage=2, share_buffers=lambda: None, loss_scale=SimpleNamespace(to_list=lambda: [1.0, 0.0])

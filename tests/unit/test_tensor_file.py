@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mf_scale.training import tensor_file
 from mf_scale.training.snapshot import CHUNK, FileContents, Snapshot, live_files
-from mf_scale.training.tensor_file import lay_out, write_file, write_tensors
+from mf_scale.training.tensor_file import flat_bytes, lay_out, write_file, write_tensors
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),
@@ -134,3 +134,11 @@ def test_live_files_are_read_when_they_are_written(tmp_path: Path) -> None:
     tensor.fill_(7)
     write_file(tmp_path / "a", file.pieces)
     assert load_file(tmp_path / "a")["w"].tolist() == [7, 7, 7]
+
+
+def test_one_element_with_a_stride_of_its_own_is_bytes_too() -> None:
+    odd = torch.arange(10.0).as_strided((1,), (5,), 3)
+    assert odd.is_contiguous() and odd.stride() == (5,)
+    assert flat_bytes(odd).numpy().tobytes() == torch.tensor([3.0]).numpy().tobytes()
+    assert flat_bytes(torch.arange(6.0).view(2, 3).T).view(torch.float32).tolist() == [0, 3, 1, 4, 2, 5]
+    assert flat_bytes(torch.tensor(2, dtype=torch.uint8)).tolist() == [2] and flat_bytes(torch.zeros(0)).numel() == 0

@@ -13,6 +13,7 @@ from mf_scale.distributed.gradients import LossScale, clip_divisor, norms_by_gro
 from mf_scale.fragments import Fragment, read_fragments
 from mf_scale.losses.terms import StepLoss
 from mf_scale.training.optimizer import build_optimizer
+from mf_scale.training.replay.cuts import cut_of
 from mf_scale.training.replay.plan import ReplayPlan
 from mf_scale.training.replay.step import StepAgain, micro_batches
 from mf_scale.training.schedule import lr_factor
@@ -49,7 +50,8 @@ def catch_up(
             loss_scale=float(loss_scale.value),
         )
         model.zero_grad(set_to_none=True)
-        for micro in micro_batches(batch, world=plan.world, size=plan.micro_batch):
+        cut = cut_of(plan.cuts, step + 1)
+        for micro in micro_batches(batch, world=cut.world, size=cut.micro_batch):
             again.loss(micro).backward()
         factor = lr_factor(config.schedule, updates, config.train.steps)
         updates += _update(optimizer, factor, config.optimizer.clip_norm, loss_scale)

@@ -99,7 +99,7 @@ def _look_at_step(
     )
     parts = []
     sums = {id(p): torch.zeros_like(p, requires_grad=False) for p in model.parameters() if p.requires_grad}
-    for micro in micro_batches(batch, world=plan.world, size=plan.micro_batch):
+    for micro in micro_batches(batch, world=plan.cut.world, size=plan.cut.micro_batch):
         model.zero_grad(set_to_none=True)
         parts.append(_look_at(again, model, micro, loss_scale))
         for parameter in model.parameters():

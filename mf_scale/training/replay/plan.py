@@ -14,9 +14,18 @@ from mf_scale.config.validate import check_vocabulary, validate
 from mf_scale.data.index import Index
 from mf_scale.data.state import DataState, open_segment
 from mf_scale.errors import UserError
-from mf_scale.rundir import CONFIG, MANIFEST, STATE, RunDir, checkpoint_step, committed_checkpoints, existing_run, read_json
+from mf_scale.rundir import (
+    CONFIG,
+    STATE,
+    RunDir,
+    checkpoint_step,
+    committed_checkpoints,
+    existing_run,
+    read_json,
+)
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.training.guard import sound_checkpoint_before
+from mf_scale.training.replay.cuts import Cut, cut_of, read_cuts
 from mf_scale.training.state import TrainState
 
 _CUT_BY = ("seed", "train.global_batch", "train.micro_batch", "data.shuffle", "data.block_samples")
@@ -38,12 +47,17 @@ class ReplayPlan:
     """Of the checkpoint."""
     data: DataState
     """The order as it was when the step was taken."""
-    world: int
-    micro_batch: int
+    cuts: tuple[Cut, ...]
+    """Of every step behind the checkpoint, for `cut_of`."""
     loss_scale: list[float] | None
     """Of the checkpoint, as `LossScale.load` takes it."""
     recorded: dict[str, Any] | None
     """The `skipped` event of the step, if the run left one."""
+
+    @property
+    def cut(self) -> Cut:
+        """How the ranks shared the step."""
+        return cut_of(self.cuts, self.step)
 
     @property
     def behind(self) -> int:
@@ -81,16 +95,16 @@ def plan_replay(path: str, step: int, overrides: Sequence[str]) -> ReplayPlan:
             remedy="Name the run's own source with data.train=FOLDER.",
         )
     data = told or _order(config, index, saved)
+    state = saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data)
     return ReplayPlan(
         run=run,
         step=step,
         config=config,
         index=index,
         checkpoint=checkpoint,
-        state=saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data),
+        state=state,
         data=data,
-        world=int(start["world"] if start else read_json(Path(str(checkpoint)) / MANIFEST)["world"]),
-        micro_batch=int((start or {}).get("micro_batch", config.train.micro_batch)),
+        cuts=read_cuts(starts, checkpoint, state.step, state.data, config),
         loss_scale=facts.get("loss_scale"),
         recorded=next((r for r in records if r["event"] == "skipped" and r["step"] == step), None),
     )

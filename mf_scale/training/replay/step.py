@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mf_scale import faults
 from mf_scale.data.batch import Batch
 from mf_scale.losses.terms import StepLoss
 from mf_scale.training.seeding import seed_model
-from mf_scale.training.step import poisoned
+from mf_scale.training.step import disturbed
 
 _TENSORS = ("images", "segment_map", "labels", "segment_layer")
 
@@ -75,8 +74,7 @@ class StepAgain:
         with autocast(self._precision, self._device):
             prediction = self._model(part.images)
         losses = self._criterion(prediction, part, self._normalisers)
-        if faults.is_ordered("nan", "loss", rank=micro.rank, step=self._step + 1):
-            losses = poisoned(losses)
+        losses = disturbed(losses, rank=micro.rank, step=self._step + 1)
         self.terms = {name: losses.terms[name] for name in self._criterion.names}
         return losses.total * self._loss_scale
 

@@ -10,14 +10,15 @@ from mf_scale.training.replay.plan import ReplayPlan
 def headline(plan: ReplayPlan, *, catching_up: bool) -> str:
     """Which batch with which weights, before it is run."""
     samples = plan.data.at(plan.step - 1).global_batch
-    accumulated = samples // (plan.world * plan.micro_batch)
+    cut = plan.cut
+    accumulated = samples // (cut.world * cut.micro_batch)
     weights = plan.checkpoint.name if plan.checkpoint else "those the run started with (no checkpoint before this step)"
     if plan.behind:
         way = "that are trained first" if catching_up else "that --catch-up would train first"
         weights += f", {_steps(plan.behind)} back {way}"
     lines = [
-        f"step {plan.step} of {plan.run.path}: global batch {plan.step - 1}, {samples} samples = {plan.micro_batch} x "
-        f"{accumulated} accumulated x {plan.world} ranks, {plan.config.train.precision}",
+        f"step {plan.step} of {plan.run.path}: global batch {plan.step - 1}, {samples} samples = {cut.micro_batch} x "
+        f"{accumulated} accumulated x {cut.world} ranks, {plan.config.train.precision}",
         f"weights: {weights}",
         _recorded(plan),
     ]
