@@ -33,7 +33,7 @@ STEPS = 5
 def main() -> None:
     source, folder, scenarios = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     world = world_from_environment()
-    with comm.process_group(world, timeout=60) as device:
+    with comm.process_group(world, timeout=300) as device:
         for name, options in scenarios.items():
             result = scenario(source, options, world, device)
             if world.first:

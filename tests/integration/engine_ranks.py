@@ -42,7 +42,7 @@ class Net(nn.Module):
 def main() -> None:
     folder, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = world_from_environment()
-    with comm.process_group(world, timeout=60) as device:
+    with comm.process_group(world, timeout=300) as device:
         for name, options in scenarios.items():
             result = scenario(folder, name, options, world, device)
             if world.first:

@@ -18,7 +18,7 @@ from mf_scale.training.trainer import train_run
 
 def main() -> None:
     world = world_from_environment()
-    with comm.process_group(world, timeout=120) as device:
+    with comm.process_group(world, timeout=300) as device:
         for overrides, fault in json.loads(sys.argv[1]):
             os.environ[VARIABLE] = fault
             with contextlib.suppress(StoppedOnRequest, GuardError):
