@@ -80,7 +80,7 @@ def test_a_replay_finds_the_same_micro_batches_and_changes_nothing(poisoned, rep
         ("1", "1", "NO", keys[3]),
     ]
     assert "the run recorded: the loss was not finite (rank 1: class; rank 1: class)" in text
-    assert "rank 1, micro-batch 0: first gradient that is NaN: MulBackward0, made in poisoned (" in text
+    assert "rank 1, micro-batch 0: first gradient that is NaN: MulBackward0, made in disturbed (" in text
     assert "Reproduced: 2 of 4 micro-batches" in text
 
 
