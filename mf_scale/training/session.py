@@ -16,7 +16,6 @@ from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan, plan_batch, plan_note
 from mf_scale.data.index import Index
-from mf_scale.data.state import open_segment
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
@@ -35,7 +34,7 @@ from mf_scale.training.precision import autocast, set_numerics
 from mf_scale.training.preflight import examine, refuse_unshared, settle
 from mf_scale.training.snapshot import FileContents
 from mf_scale.training.spike import Rollback
-from mf_scale.training.state import TrainState
+from mf_scale.training.state import TrainState, continued_order
 from mf_scale.training.statistics import MovingStatistics
 from mf_scale.training.transfer import Transfer
 
@@ -107,17 +106,15 @@ def open_session(
         kernels = comm.together(lambda: _kernels(config, device))
         engine = Engine(model.to(device), optimizer, config, plan, world)
         ema = Ema(engine, config.ema.decay) if config.ema.decay else None
-        with autocast(device, config.train.precision):
-            notes = [
-                *found["notes"],
-                *started_with,
-                *getattr(model.backbone, "notes", ()),
-                f"attention: {serving_kernel(config.model.attention, device)}",
-                *kernels,
-                *numerics,
-                *filter(None, [plan_note(config, plan)]),
-                groups,
-            ]
+        notes = [
+            *found["notes"],
+            *started_with,
+            *getattr(model.backbone, "notes", ()),
+            *kernels,
+            *numerics,
+            *filter(None, [plan_note(config, plan)]),
+            groups,
+        ]
         state, message = comm.together(lambda: _state(config, index, checkpoint, rollback))
         engine.prepare_moments(state.updates)
         if checkpoint is not None:
@@ -159,12 +156,14 @@ def _read_tensors(engine: Engine, ema: Ema | None, checkpoint: Path, world: Worl
 
 
 def _kernels(config: Config, device: torch.device) -> list[str]:
-    """What serves matching and mask loss, and why it is not what could be faster; the baselines have neither."""
+    """What serves attention, and matching and mask loss, which the baselines have not; why nothing faster does."""
+    with autocast(device, config.train.precision):
+        attention = f"attention: {serving_kernel(config.model.attention, device)}"
     if config.model.kind != "mask_classification":
-        return []
+        return [attention]
     asked = config.loss.kernels, device.type, torch.float32
     reason = fallback_reason(*asked)
-    return [f"matching and mask loss: {choose_kernels(*asked)}" + (f" ({reason})" if reason else "")]
+    return [attention, f"matching and mask loss: {choose_kernels(*asked)}" + (f" ({reason})" if reason else "")]
 
 
 def _state(
@@ -174,16 +173,7 @@ def _state(
     if rollback is not None:
         saved = saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=rollback.data)
         rollback.apply(saved)
-    data, message = open_segment(
-        saved.data if saved else None,
-        saved.step if saved else 0,
-        digest=index.digest,
-        samples=index.samples,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        block_samples=config.data.block_samples,
-        shuffle=config.data.shuffle,
-    )
+    data, message = continued_order(config, index, saved)
     if saved is None:
         return TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data), message
     saved.data = data

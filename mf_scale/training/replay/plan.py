@@ -12,7 +12,7 @@ from mf_scale.config.load import is_overridden, load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, validate
 from mf_scale.data.index import Index
-from mf_scale.data.state import DataState, open_segment
+from mf_scale.data.state import DataState
 from mf_scale.errors import UserError
 from mf_scale.rundir import (
     CONFIG,
@@ -26,7 +26,7 @@ from mf_scale.rundir import (
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.training.guard import sound_checkpoint_before
 from mf_scale.training.replay.cuts import Cut, cut_of, read_cuts
-from mf_scale.training.state import TrainState
+from mf_scale.training.state import TrainState, continued_order
 
 _CUT_BY = ("seed", "train.global_batch", "train.micro_batch", "data.shuffle", "data.block_samples")
 """Keys that make the batch what it was."""
@@ -94,7 +94,7 @@ def plan_replay(path: str, step: int, overrides: Sequence[str]) -> ReplayPlan:
             where=str(config.data.train),
             remedy="Name the run's own source with data.train=FOLDER.",
         )
-    data = told or _order(config, index, saved)
+    data = told or continued_order(config, index, saved)[0]
     state = saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data)
     return ReplayPlan(
         run=run,
@@ -129,18 +129,3 @@ def _config(run: RunDir, step: int, checkpoint: Path | None, overrides: Sequence
     validate(config)
     refuse_unasked_code(config, overrides, file)
     return config
-
-
-def _order(config: Config, index: Index, saved: TrainState | None) -> DataState:
-    """What a start at the checkpoint makes of its data state."""
-    state, _ = open_segment(
-        saved.data if saved else None,
-        saved.step if saved else 0,
-        digest=index.digest,
-        samples=index.samples,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        block_samples=config.data.block_samples,
-        shuffle=config.data.shuffle,
-    )
-    return state
