@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -107,3 +108,5 @@ def without_segments(batch: Batch, empty: str | None, world: World) -> Batch:
 
 
 main()
+# As the program itself ends: once in dozens of exits a native thread of the libraries aborts after all is done.
+os._exit(0)

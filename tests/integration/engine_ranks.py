@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -146,3 +147,5 @@ def _step(engine: Engine, plan, world, step: int, options: dict, device: torch.d
 
 
 main()
+# As the program itself ends: once in dozens of exits a native thread of the libraries aborts after all is done.
+os._exit(0)

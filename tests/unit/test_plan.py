@@ -75,10 +75,10 @@ def test_a_frozen_norm_is_a_parameter_that_does_not_train() -> None:
 
 def test_batches_for_every_number_of_ranks_and_the_reason_where_there_is_none() -> None:
     plan = plan_config(R50, ["train.global_batch=12", "data.crop=[64,64]"], 6)
-    assert [(b.world_size, b.accumulation) for b in plan.batches] == [(1, 6), (2, 3), (3, 2), (6, 1)]
+    assert [(b.world_size, b.accumulation) for b in plan.batches] == [(1, 6), (2, 3), (3, 2), (4, 3), (6, 1)]
     assert plan.refusal is None
     plan = plan_config(R50, ["train.global_batch=12", "data.crop=[64,64]"], 5)
-    assert [b.world_size for b in plan.batches] == [1, 2, 3]
+    assert [b.world_size for b in plan.batches] == [1, 2, 3, 4]
     assert plan.refusal is not None and "cannot be shared by 5 ranks" in plan.refusal
 
 
@@ -114,7 +114,7 @@ def test_the_page_of_one_configuration(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_table_of_several_and_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     files = [R50, str(CONFIGS / "coco_stuff_10k/per_pixel_resnet50.yaml")]
-    assert main(["plan", *files, "data.crop=[64,64]", "--processes", "16"]) == 0
+    assert main(["plan", *files, "data.crop=[64,64]", "--processes", "32"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(CONFIGS))]
     assert len(rows) == 2 and "not cut" in rows[0] and "not cut" in rows[1]
     assert main(["plan", "--json", *files, "data.crop=[64,64]"]) == 0
