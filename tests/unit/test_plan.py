@@ -114,7 +114,7 @@ def test_the_page_of_one_configuration(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_table_of_several_and_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     files = [R50, str(CONFIGS / "coco_stuff_10k/per_pixel_resnet50.yaml")]
-    assert main(["plan", *files, "data.crop=[64,64]", "--processes", "32"]) == 0
+    assert main(["plan", *files, "data.crop=[64,64]", "--processes", "3"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(CONFIGS))]
     assert len(rows) == 2 and "not cut" in rows[0] and "not cut" in rows[1]
     assert main(["plan", "--json", *files, "data.crop=[64,64]"]) == 0
