@@ -122,7 +122,7 @@ def test_the_table_of_several_and_the_json(capsys: pytest.CaptureFixture[str]) -
     assert [p["config"] for p in plans] == files and [p["num_classes"] for p in plans] == [150, 171]
     first = plans[0]
     assert first["parameters"] == sum(p["parameters"] for p in first["parts"]) == 41_307_863
-    assert first["batches"][-1] == {"global_batch": 16, "micro_batch": 1, "accumulation": 1, "world_size": 16}
+    assert first["batches"][-1] == {"global_batch": 16, "micro_batch": 2, "accumulation": 1, "world_size": 8}
     assert first["memory_bytes"]["total"] == sum(v for k, v in first["memory_bytes"].items() if k != "total")
 
 
