@@ -35,12 +35,14 @@ def encode_sample(record: Record, annotation: Annotation) -> dict[str, Any]:
         decode_image(data, MAX_PIXELS, (height, width))
     except BadSample as bad:
         raise BadRecord(f"images that do not decode or have another size ({bad})") from bad
-    meta = {
+    meta: dict[str, Any] = {
         "height": height,
         "width": width,
         "segments": [vars(segment) for segment in annotation.segments],
         "origin": record.origin,
     }
+    if annotation.federated is not None:
+        meta["federated"] = annotation.federated
     stored = stored_values(annotation.segment_map, len(annotation.segments))
     maps = {f"seg{layer or ''}.png": encode_map(stored[layer]) for layer in range(layers)}
     text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"))

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.problems import Problems
+from mf_scale.data.ids import LabelMember
 from mf_scale.data.index import COLUMNS, FORMAT, HEAD, SCHEMA, VERSION, Shard, head_digest
 from mf_scale.data.samples import BadSample, RawSample, assemble, safe_member
 from mf_scale.data.storage import plain_name
@@ -119,7 +120,14 @@ def _row(raw: RawSample, start: int, end: int, num_classes: int) -> dict[str, An
 
 
 def write_index(
-    folder: Path, vocabulary: Vocabulary, scans: Iterable[ShardScan], *, crowd: str, unlabelled: str
+    folder: Path,
+    vocabulary: Vocabulary,
+    scans: Iterable[ShardScan],
+    *,
+    crowd: str,
+    unlabelled: str,
+    kind: str,
+    labels: LabelMember | None = None,
 ) -> dict[str, Any]:
     """Write the columns, then the head, each under another name first; returns the head."""
     scans = list(scans)
@@ -137,6 +145,8 @@ def write_index(
         "samples": len(rows),
         "crowd": crowd,
         "unlabelled": unlabelled,
+        "kind": kind,
+        "labels": labels.to_dict() if labels else None,
         "columns": {"name": COLUMNS, "size": columns.stat().st_size, "sha256": file_checksum(columns)},
         "shards": [asdict(scan.shard) for scan in scans],
         "vocabulary": vocabulary.to_dict(),
@@ -146,13 +156,15 @@ def write_index(
     return head
 
 
-def index_source(folder: Path, vocabulary: Vocabulary, *, crowd: str, unlabelled: str, progress: Any) -> dict[str, Any]:
+def index_source(
+    folder: Path, vocabulary: Vocabulary, *, crowd: str, unlabelled: str, kind: str = "panoptic", progress: Any
+) -> dict[str, Any]:
     """Index all tars of a folder, in the order of their names; `progress` wraps the list of paths."""
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError("there is no .tar in this folder", where=str(folder), remedy="Give the folder of the shards.")
     scans = [scan_shard(path, len(vocabulary)) for path in progress(paths)]
-    return write_index(folder, vocabulary, scans, crowd=crowd, unlabelled=unlabelled)
+    return write_index(folder, vocabulary, scans, crowd=crowd, unlabelled=unlabelled, kind=kind)
 
 
 def publish(partial: Path, final: Path) -> None:

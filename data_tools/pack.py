@@ -148,6 +148,7 @@ def run_pack(packing: Packing, *, workers: int, progress: Callable[..., Any]) ->
             scans,
             crowd=packing.options.crowd,
             unlabelled=packing.options.unlabelled,
+            kind=packing.source.kind,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mf_scale.data.ids import IdMeaning
 from mf_scale.vocabulary import Vocabulary
 
 
@@ -36,6 +37,8 @@ class Annotation:
     segment_map: np.ndarray
     """int32 [L,H,W]: index into segments, NONE or IGNORE."""
     segments: list[RecordSegment]
+    federated: dict[str, list[int]] | None = None
+    """Where only some classes were looked for (LVIS): labels verified `negative`, and `not_exhaustive` ones."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class FormatSource:
     """Reads the pixels of a record's annotation; a plain function. Raises BadRecord."""
     fingerprint: str
     """Changes with the annotation."""
+    kind: str
+    """panoptic | semantic | instance, as in `mf_scale.data.index.KINDS`."""
+    ids: IdMeaning | None = None
+    """What the values of its label maps mean; none where the format lists its segments."""
+    values: Callable[[Record], np.ndarray] | None = None
+    """Values of a record's label map as stored, integer [H,W], for the check of ids; a plain function. With `ids`."""
 
 
 def fingerprint(contents: Iterable[Path], sizes: Iterable[Path] = ()) -> str:

@@ -42,7 +42,8 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
         raise UserError(
             f"the annotation file is not COCO panoptic: {type(error).__name__} {error}", where=str(listing)
         ) from error
-    return FormatSource(vocabulary, records, annotate, fingerprint([listing], sorted(r.payload[0] for r in records)))
+    changes = fingerprint([listing], sorted(r.payload[0] for r in records))
+    return FormatSource(vocabulary, records, annotate, changes, "panoptic")
 
 
 def _records(

@@ -48,7 +48,7 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
         raise UserError(
             f"the annotation files are not COCO-Stuff: {type(error).__name__} {error}", where=str(folder)
         ) from error
-    return FormatSource(vocabulary, records, annotate, fingerprint(paths))
+    return FormatSource(vocabulary, records, annotate, fingerprint(paths), "panoptic")
 
 
 def _records(lists: list[dict[str, Any]], images: Path, vocabulary: Vocabulary, where: str) -> list[Record]:

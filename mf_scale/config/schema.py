@@ -42,10 +42,21 @@ __all__ = [
     "PixelDecoderConfig",
     "PixelLevelConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "TrackingConfig",
     "TrainConfig",
     "ZeroConfig",
 ]
+
+
+@dataclass
+class SourceConfig:
+    """One of several training sources."""
+
+    index: str = ""
+    """Folder (or url prefix) of the source: tars and their index."""
+    weight: float = 1.0
+    """Its share of every global batch, relative to the other sources' (rounded to whole samples, printed)."""
 
 
 @dataclass
@@ -54,6 +65,8 @@ class DataConfig:
 
     train: Optional[str] = None
     """Folder (or url prefix) of the training source: tars and their index."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several training sources in place of `train`, each {index, weight}."""
     val: Optional[str] = None
     """Folder (or url prefix) of the validation source; none: no validation loss, nothing to evaluate by default."""
     task: str = choice("panoptic", "semantic", "instance")
@@ -74,6 +87,13 @@ class DataConfig:
     """blocks: permute blocks and the samples inside (sequential reads); full: single samples (small, local sources)."""
     block_samples: int = 128
     """Samples of a block, one ranged read (64 to 256 suit object stores and parallel file systems)."""
+    repeat_threshold: float = 0.0
+    """t of repeat-factor sampling: an image comes max(1, sqrt(t / share of images with its rarest class)) times an
+    epoch (Gupta et al. 2019, LVIS: 0.001); 0: every image once."""
+    cache_dir: Optional[str] = None
+    """Local folder (NVMe) that keeps what was read of remote sources; ranks of a node share it. None: no cache."""
+    cache_gib: float = 64.0
+    """GiB that cache_dir may hold; what was used longest ago goes first."""
     workers: int = 2
     """Loader processes a rank; 0 loads in the training process. Changes nothing about the order."""
     prefetch_steps: int = 2

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mf_scale.data.ids import LabelMember
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -24,9 +25,15 @@ from mf_scale.vocabulary import Vocabulary
 HEAD = "index.json"
 COLUMNS = "samples.arrow"
 FORMAT = "mf_scale-index"
-VERSION = 1
+VERSION = 2
 TREATMENTS = ("none", "ignore")
 """What crowd and unlabelled pixels become in training: a negative of every segment, or outside the loss."""
+KINDS = {
+    "panoptic": ("panoptic", "semantic", "instance"),
+    "semantic": ("semantic",),
+    "instance": ("instance", "semantic"),
+}
+"""Kinds of annotation, and the tasks each can serve: a segment of a semantic one is a class, not an instance."""
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int32()),
@@ -85,6 +92,9 @@ class Index:
         self.shards = tuple(Shard(**shard) for shard in head["shards"])
         self.digest = str(head["digest"])
         self.crowd, self.unlabelled = str(head["crowd"]), str(head["unlabelled"])
+        self.kind = str(head["kind"])
+        labels = head["labels"]
+        self.labels = None if labels is None else LabelMember.from_dict(labels, where=f"{source}/{HEAD}")
         self.columns = dict(head["columns"])
         self.table = table
         self.samples = table.num_rows
@@ -184,6 +194,8 @@ def _check_head(head: Mapping[str, Any], where: str) -> None:
         raise UserError("the index was changed by hand: its digest does not fit", where=where, remedy=REMEDY)
     if head["crowd"] not in TREATMENTS or head["unlabelled"] not in TREATMENTS:
         raise UserError(f"crowd and unlabelled must be one of {TREATMENTS}", where=where, remedy=REMEDY)
+    if head["kind"] not in KINDS:
+        raise UserError(f"kind must be one of {', '.join(KINDS)}", where=where, remedy=REMEDY)
 
 
 def _open_table(storage: Storage, columns: Mapping[str, Any]) -> pa.Table:

@@ -63,7 +63,7 @@ def painted_source(folder: Path) -> Index:
         file = images / f"{number:04d}.png"
         Image.fromarray(pixels).save(file)
         records.append(Record(file.stem, file, {}, number))
-    source = FormatSource(VOCABULARY_4, records, annotate, "painted")
+    source = FormatSource(VOCABULARY_4, records, annotate, "painted", "panoptic")
     packing = plan_pack(source, folder / "packed", PackOptions("painted", "val", "2", 0, "none", "none"))
     assert not is_finished(packing, overwrite=False)
     run_pack(packing, workers=1, progress=lambda **k: tqdm(disable=True, **k))
