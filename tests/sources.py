@@ -6,18 +6,22 @@ import contextlib
 import io
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from data_tools.encode import encode_map, stored_values
-from data_tools.index import index_source
-from mf_scale.config.schema import DataConfig
+from data_tools.index import Meaning, index_source
+from mf_scale.config.schema import Config, DataConfig, SourceConfig
 from mf_scale.data.batch import NONE
 from mf_scale.data.index import Index
-from mf_scale.data.state import DataState, open_segment
+from mf_scale.data.sources import continue_order
+from mf_scale.data.state import DataState
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 
 VOCABULARY = Vocabulary("test", tuple(ClassInfo(f"class{i}", i < 4, 10 + i) for i in range(6)))
@@ -77,8 +81,8 @@ def make_source(
             samples.append(members)
         write_shard(folder / f"part-{shard:03d}.tar", samples)
         number += count
-    settings = {"crowd": "none", "unlabelled": "none", **treatment}
-    index_source(folder, VOCABULARY, crowd=settings["crowd"], unlabelled=settings["unlabelled"], progress=iter)
+    meaning = Meaning(**{"crowd": "none", "unlabelled": "none", **treatment})  # type: ignore[arg-type]
+    index_source(folder, VOCABULARY, meaning, progress=partial(tqdm, disable=True))
     return Index.open(folder)
 
 
@@ -87,18 +91,20 @@ def small_config(**changes: object) -> DataConfig:
     return DataConfig(**settings)  # type: ignore[arg-type]
 
 
-def open_state(index: Index, config: DataConfig, global_batch: int, seed: int = 0) -> DataState:
-    state, _ = open_segment(
-        None,
-        0,
-        digest=index.digest,
-        samples=index.samples,
-        seed=seed,
-        global_batch=global_batch,
-        block_samples=config.block_samples,
-        shuffle=config.shuffle,
-    )
-    return state
+def open_state(
+    indexes: Index | Sequence[Index],
+    config: DataConfig,
+    global_batch: int,
+    seed: int = 0,
+    weights: Sequence[float] = (),
+) -> DataState:
+    """The data state of a run on one or several sources at its first step."""
+    indexes = [indexes] if isinstance(indexes, Index) else indexes
+    weights = weights or [1.0] * len(indexes)
+    sources = [SourceConfig(index.source, weight) for index, weight in zip(indexes, weights, strict=True)]
+    whole = Config(seed=seed, data=replace(config, train=None, sources=sources))
+    whole.train.global_batch = global_batch
+    return continue_order(whole, indexes, None, 0)[0]
 
 
 @contextlib.contextmanager

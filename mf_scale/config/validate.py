@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from mf_scale.config.data_rules import DATA_RULES
 from mf_scale.config.deepspeed_keys import broken_additions, uneven_partition
 from mf_scale.config.run_rules import RUN_RULES
 from mf_scale.config.schema import Config, DataConfig, ModelConfig, PixelLevelConfig
@@ -75,7 +76,7 @@ def validate(config: Config) -> None:
     broken += [f"{name} = {values[name]} must not be negative" for name in _NOT_NEGATIVE if values[name] < 0]
     broken += [f"{name} = {values[name]} must lie in 0..1" for name in _SHARES if not 0 <= values[name] <= 1]
     rules = (_paths, _start, _sizes, _schedule, _model, _per_pixel, _pixel_level, _deepspeed)
-    broken += [sentence for rule in (*rules, *RUN_RULES) for sentence in rule(config)]
+    broken += [sentence for rule in (*rules, *DATA_RULES, *RUN_RULES) for sentence in rule(config)]
     if broken:
         raise UserError("; ".join(broken), where="configuration", remedy="Nothing was started.")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ from mf_scale.config.schema import DataConfig
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import blank_sample, collate, join
 from mf_scale.data.index import Index
-from mf_scale.data.order import SampleOrder, positions, rank_lanes, worker_share
+from mf_scale.data.order import SampleOrder, Stream, positions, rank_lanes, worker_share
+from mf_scale.data.places import Note, Places
 from mf_scale.data.reader import SampleReader
 from mf_scale.data.samples import BadSample
+from mf_scale.data.sources import order_of
 from mf_scale.data.state import DataState
 from mf_scale.data.targets import TargetRules, make_targets
-from mf_scale.data.transforms import fitted_sample, sample_generator, training_sample
+from mf_scale.data.transforms import ModelSample, fitted_sample, sample_generator, training_sample
 from mf_scale.data.workers import worker_parts
 from mf_scale.errors import UserError
 
@@ -55,44 +58,70 @@ class EvalSample:
 class RankStream(IterableDataset[Any]):
     """One rank's stream of parts; each worker process yields its share."""
 
-    index: Index
+    indexes: tuple[Index, ...]
+    orders: Mapping[str, SampleOrder]
+    """By digest; made before the workers are forked, which share the memory."""
     state: DataState
-    """Its segments from `step` on differ in nothing but where they are in the one stream."""
+    """Its segments from `step` on differ in nothing but where they are in the same streams."""
     config: DataConfig
-    seed: int
     lanes: np.ndarray
     step: int
+    places: Places
 
     def __iter__(self) -> Iterator[Batch | Exception]:
         """Parts from `step` on, endless. What ends the run travels as an item, so that it arrives as it is."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = worker_share(self.lanes, worker, workers)
-        order = SampleOrder(self.state.at(self.step), self.index.shard_samples)
-        reader = make_reader(self.index, self.config)
-        rules = train_rules(self.index, self.config.task)
+        makers = {
+            index.digest: _SourceMaker(index, number, self.orders[index.digest], self.config, len(self.orders))
+            for number, index in enumerate(self.indexes)
+            if index.digest in self.orders
+        }
         step = self.step + share.first
         try:
             while True:
-                yield self._part(step, share.lanes, order, reader, rules)
+                yield self._part(step, share.lanes, makers, partial(self.places.note, worker))
                 step += share.stride
         except UserError as error:
             yield error
 
-    def _part(
-        self, step: int, lanes: np.ndarray, order: SampleOrder, reader: SampleReader, rules: TargetRules
-    ) -> Batch:
-        segment = self.state.at(step)
-        stream = positions(segment, step)[lanes]
-        samples, keys, events = [], [], []
-        for lane, position, sample_id in zip(lanes, stream, order.sample_ids(stream), strict=True):
-            buffered = int(lane) if segment.shuffle == "blocks" else None
-            stored, happened = reader.load(int(sample_id), buffered)
-            generator = sample_generator(self.seed, int(position))
-            samples.append(training_sample(stored, self.config, rules, generator))
+    def _part(self, step: int, lanes: np.ndarray, makers: Mapping[str, _SourceMaker], note: Note) -> Batch:
+        samples: list[ModelSample] = []
+        keys: list[str] = []
+        events: list[dict[str, Any]] = []
+        for stream, own in self.state.at(step).split(lanes):
+            makers[stream.digest].make(stream, own, step, note, samples, keys, events)
+        return collate(samples, keys, events)
+
+
+class _SourceMaker:
+    """Makes the samples of one source in one process."""
+
+    def __init__(self, index: Index, number: int, order: SampleOrder, config: DataConfig, sources: int) -> None:
+        self.number, self.order, self.config = number, order, config
+        self.reader = make_reader(index, config, sources)
+        self.rules = train_rules(index, config.task)
+
+    def make(
+        self,
+        stream: Stream,
+        lanes: np.ndarray,
+        step: int,
+        note: Note,
+        samples: list[ModelSample],
+        keys: list[str],
+        events: list[dict[str, Any]],
+    ) -> None:
+        """Append the samples of some of the stream's lanes at `step`, in lane order."""
+        places = positions(stream, step)[lanes]
+        for lane, position, sample_id in zip(lanes, places, self.order.sample_ids(places), strict=True):
+            note(self.number, int(sample_id))
+            stored, happened = self.reader.load(int(sample_id), int(lane) if stream.shuffle == "blocks" else None)
+            generator = sample_generator(stream.own_seed, int(position))
+            samples.append(training_sample(stored, self.config, self.rules, generator))
             keys.append(stored.key)
             events += happened
-        return collate(samples, keys, events)
 
 
 def train_rules(index: Index, task: str) -> TargetRules:
@@ -100,11 +129,10 @@ def train_rules(index: Index, task: str) -> TargetRules:
     return TargetRules(task, np.array(index.vocabulary.things), index.crowd, index.unlabelled)
 
 
-def make_reader(index: Index, config: DataConfig) -> SampleReader:
-    """Reader with the configuration's limits."""
-    return SampleReader(
-        index, block_samples=config.block_samples, budget=config.buffer_mib * MIB, max_pixels=config.max_pixels
-    )
+def make_reader(index: Index, config: DataConfig, sources: int = 1) -> SampleReader:
+    """Reader with the configuration's limits; `sources` share the memory for buffers."""
+    budget = config.buffer_mib * MIB // sources
+    return SampleReader(index, block_samples=config.block_samples, budget=budget, max_pixels=config.max_pixels)
 
 
 def _never() -> bool:
@@ -112,11 +140,10 @@ def _never() -> bool:
 
 
 def train_steps(
-    index: Index,
+    indexes: Sequence[Index],
     state: DataState,
     config: DataConfig,
     *,
-    seed: int,
     rank: int,
     world: int,
     step: int,
@@ -128,20 +155,28 @@ def train_steps(
     nobody asks: a read, with its retries, comes to its end first. Workers start at the first `next`; `.close()` ends
     them quietly. Quarantined samples are in the Batch's events.
     Raises UserError (a shard that went), GuardError (a block without a good sample), StorageError (reads that
-    failed for good), RuntimeError naming rank and worker where a worker died.
+    failed for good), RuntimeError naming rank, worker and its last sample where a worker died.
     """
     segment = state.at(step)
-    if segment.digest != index.digest:
-        raise UserError("the data state belongs to another index", where=index.source, remedy="Open a segment first.")
+    by_digest = {index.digest: index for index in indexes}
+    if not all(stream.digest in by_digest for stream in segment.streams):
+        raise UserError(
+            "the data state belongs to another index",
+            where=", ".join(index.source for index in indexes),
+            remedy="Open a segment first.",
+        )
+    orders = {stream.digest: order_of(by_digest[stream.digest], stream) for stream in segment.streams}
     lanes = rank_lanes(segment.global_batch, rank, world)
-    return _steps(RankStream(index, state, config, seed, lanes, step), rank, give_up)
+    places = Places(indexes, max(1, config.workers))
+    return _steps(RankStream(tuple(indexes), orders, state, config, lanes, step, places), rank, give_up)
 
 
 def _steps(stream: RankStream, rank: int, give_up: Callable[[], bool]) -> Generator[tuple[int, Batch], None, None]:
-    workers = stream.config.workers
+    workers, ahead = stream.config.workers, stream.config.prefetch_steps
     if workers:
-        ahead = stream.config.prefetch_steps
-        parts: Iterator[Any] = worker_parts(stream, workers=workers, prefetch=ahead, rank=rank, give_up=give_up)
+        parts: Iterator[Any] = worker_parts(
+            stream, workers=workers, prefetch=ahead, rank=rank, give_up=give_up, last=stream.places.describe
+        )
     else:
         parts = iter(stream)
     per_step = max(1, workers) if len(stream.lanes) >= workers else 1

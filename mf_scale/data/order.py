@@ -1,79 +1,115 @@
 """Order: which samples form global batch `step`.
 
-Pure arithmetic on (segment, step): no rank, worker, file or clock enters. The stream of a source is the
-concatenation of its epoch permutations; window e is the stretch of the stream from G*floor(eN/G) to
-G*floor((e+1)N/G), cut into G equal lanes, and step k of the window takes the k-th sample of every lane. So a
-lane is read front to back, and the position of a run is one integer.
+Pure arithmetic on (segment, step): no rank, worker, file or clock enters. Every source has a stream of its own, the
+concatenation of its epochs, each a permutation; a global batch takes a fixed number of samples of each stream.
+Window e of a stream is its stretch from G*floor(eN/G) to G*floor((e+1)N/G), cut into G equal lanes, and step k of the
+window takes the k-th sample of every lane. So a lane is read front to back, and the position of a run is one integer.
 
-N samples of the source, G global batch. A stream position is epoch * N + offset.
+N positions of an epoch (samples, or copies of them where long tails are repeated), G samples of the source in a global
+batch. A stream position is epoch * N + offset. The lanes of a global batch are those of its first stream, then those of
+the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-ROUNDS = 8
-"""Rounds of the Feistel network: enough for an even spread on the smallest blocks too."""
+from mf_scale.data.permutation import key, permute
+from mf_scale.data.repeat import UNIT, RepeatFactors
+
 KEPT_EPOCHS = 4
 """Epochs whose block order is kept in memory; a step touches one or two of them unless G > N."""
+_SOURCE_SPREAD = 0x9E3779B97F4A7C15
+"""Sets the seeds of a run's sources apart; the first source's is the run's own."""
+_REMAINDER = 1 << 62
+"""Part of the key that the remainder of an epoch's repeats is drawn with; no block has this number."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One source's part of the global batches, under one law."""
+
+    source: int
+    """Its number in the run: never used for another source, so nothing random is drawn twice."""
+    digest: str
+    """Of the index: which samples, in which shards."""
+    samples: int
+    length: int
+    """N: positions of an epoch, `samples` or more where some are repeated."""
+    count: int
+    """G: samples of it in every global batch."""
+    seed: int
+    """The run's."""
+    block_samples: int
+    shuffle: str
+    """blocks | full"""
+    repeat_threshold: float
+    """Of repeat-factor sampling; 0: every sample once an epoch."""
+    origin: int
+    """The step that takes the stream's first global batch; below the first step it rules where some were left out."""
+    first_epoch: int
+    """The epoch that begins there; the streams of a source count their epochs on."""
+
+    @property
+    def own_seed(self) -> int:
+        """Seed of everything random about this source, 0 <= seed < 2**64."""
+        return (self.seed + self.source * _SOURCE_SPREAD) % (1 << 64)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a run over which the order has one law."""
+    """A stretch of a run over which global batches are made in one way."""
 
     first_step: int
     """The step it begins at."""
-    first_epoch: int
-    """The epoch that step begins; the segments of a run count their epochs on."""
-    digest: str
-    """Digest of the index: which samples, in which shards."""
-    samples: int
-    """N."""
-    seed: int
-    global_batch: int
-    """G."""
-    block_samples: int
-    shuffle: str
-    """blocks | full"""
-    offset: int = 0
-    """Global batches of its stream that lie before first_step: taken under an earlier segment, or left out."""
+    streams: tuple[Stream, ...]
+    """By source number."""
+
+    @cached_property
+    def global_batch(self) -> int:
+        """Samples of a global batch."""
+        return sum(stream.count for stream in self.streams)
+
+    def split(self, lanes: np.ndarray) -> Iterator[tuple[Stream, np.ndarray]]:
+        """The streams that some ascending lanes of the global batch belong to, and which of each stream's own lanes."""
+        first = 0
+        for stream in self.streams:
+            here = lanes[(lanes >= first) & (lanes < first + stream.count)]
+            if len(here):
+                yield stream, here - first
+            first += stream.count
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Segment:
-        return Segment(**data)
+        return Segment(int(data["first_step"]), tuple(Stream(**stream) for stream in data["streams"]))
 
 
-def batches_before(segment: Segment, step: int) -> int:
-    """Global batches of the segment's stream that lie before `step`."""
-    return step - segment.first_step + segment.offset
-
-
-def window(segment: Segment, step: int) -> tuple[int, int, int]:
+def window(stream: Stream, step: int) -> tuple[int, int, int]:
     """The window that holds `step`: (stream position it starts at, its steps, the number of `step` in it)."""
-    N, G = segment.samples, segment.global_batch
-    taken = batches_before(segment, step)
+    N, G = stream.length, stream.count
+    taken = step - stream.origin
     epoch = -(-(taken + 1) * G // N) - 1  # the first epoch whose window ends behind this step
     first, end = epoch * N // G, (epoch + 1) * N // G
-    return segment.first_epoch * N + G * first, end - first, taken - first
+    return stream.first_epoch * N + G * first, end - first, taken - first
 
 
-def positions(segment: Segment, step: int) -> np.ndarray:
-    """Stream positions of the G lanes at `step`, int64 [G]."""
-    start, steps, number = window(segment, step)
-    return start + np.arange(segment.global_batch, dtype=np.int64) * steps + number
+def positions(stream: Stream, step: int) -> np.ndarray:
+    """Stream positions of the G lanes of a source at `step`, int64 [G]."""
+    start, steps, number = window(stream, step)
+    return start + np.arange(stream.count, dtype=np.int64) * steps + number
 
 
-def epochs_begun(segment: Segment, step: int) -> int:
-    """Epochs of the segment's stream that have been begun before `step`."""
-    return -(-batches_before(segment, step) * segment.global_batch // segment.samples)
+def epochs_begun(stream: Stream, step: int) -> int:
+    """Epochs of a stream that have been begun before `step`."""
+    return -(-(step - stream.origin) * stream.count // stream.length)
 
 
 def rank_lanes(global_batch: int, rank: int, world: int) -> np.ndarray:
@@ -114,85 +150,57 @@ def block_bounds(shard_samples: Sequence[int], block_samples: int) -> np.ndarray
 
 
 class SampleOrder:
-    """Stream position -> sample id of one segment; remembers the block order of the epochs last asked for."""
+    """Stream position -> sample id of one stream; remembers the block order of the epochs last asked for.
 
-    def __init__(self, segment: Segment, shard_samples: Sequence[int]) -> None:
-        self.segment = segment
-        self.bounds = block_bounds(shard_samples, segment.block_samples)
-        if int(self.bounds[-1]) != segment.samples:
-            raise ValueError(f"the shards hold {self.bounds[-1]} samples, the segment says {segment.samples}")
+    `repeats` are the source's repeat factors over the same blocks, where the stream has a threshold.
+    """
+
+    def __init__(self, stream: Stream, shard_samples: Sequence[int], repeats: RepeatFactors | None = None) -> None:
+        self.stream = stream
+        self.bounds = block_bounds(shard_samples, stream.block_samples)
+        self.repeats = repeats
+        if int(self.bounds[-1]) != stream.samples:
+            raise ValueError(f"the shards hold {self.bounds[-1]} samples, the stream says {stream.samples}")
+        if (repeats.length if repeats else stream.samples) != stream.length:
+            raise ValueError("the repeat factors are not those of the stream")
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def sample_ids(self, stream_positions: np.ndarray) -> np.ndarray:
         """Sample ids (their order in the index) at the given stream positions, int64, same shape."""
-        epochs, offsets = np.divmod(np.asarray(stream_positions, dtype=np.int64), self.segment.samples)
+        epochs, offsets = np.divmod(np.asarray(stream_positions, dtype=np.int64), self.stream.length)
         ids = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             ids[here] = self._epoch_ids(int(epoch), offsets[here])
         return ids
 
-    def blocks(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Block of each sample, int64."""
-        return np.searchsorted(self.bounds, sample_ids, side="right") - 1
-
     def _epoch_ids(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
-        seed, samples = self.segment.seed, self.segment.samples
-        if self.segment.shuffle == "full":
-            return permute(offsets, samples, key(seed, epoch, 0))
-        order, ends = self._block_order(epoch)
+        seed = self.stream.own_seed
+        starts, remainder = self._starts(epoch)
+        if self.stream.shuffle == "full":
+            copies = permute(offsets, self.stream.length, key(seed, epoch, 0))
+            return copies if self.repeats is None else self.repeats.samples_of(copies, starts, remainder)
+        order, ends = self._block_order(epoch, starts)
         slots = np.searchsorted(ends, offsets, side="right")
         blocks = order[slots]
-        sizes = self.bounds[blocks + 1] - self.bounds[blocks]
+        sizes = starts[blocks + 1] - starts[blocks]
         inside = offsets - (ends[slots] - sizes)
-        return self.bounds[blocks] + permute(inside, sizes, key(seed, epoch, blocks + 1))
+        copies = starts[blocks] + permute(inside, sizes, key(seed, epoch, blocks + 1))
+        return copies if self.repeats is None else self.repeats.samples_of(copies, starts, remainder)
 
-    def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _starts(self, epoch: int) -> tuple[np.ndarray, int]:
+        """Copies before every block in an epoch, int64 [blocks+1], and the epoch's remainder of repeats."""
+        if self.repeats is None:
+            return self.bounds, 0
+        remainder = int(key(self.stream.own_seed, epoch, _REMAINDER)[0] % np.uint64(UNIT))
+        return self.repeats.copies_before(remainder), remainder
+
+    def _block_order(self, epoch: int, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Blocks in the epoch's order, and the offset behind each of them."""
         if epoch not in self._epochs:
             if len(self._epochs) >= KEPT_EPOCHS:
                 self._epochs.pop(min(self._epochs))
             count = len(self.bounds) - 1
-            order = permute(np.arange(count), count, key(self.segment.seed, epoch, 0))
-            self._epochs[epoch] = order, np.cumsum(self.bounds[order + 1] - self.bounds[order])
+            order = permute(np.arange(count), count, key(self.stream.own_seed, epoch, 0))
+            self._epochs[epoch] = order, np.cumsum(starts[order + 1] - starts[order])
         return self._epochs[epoch]
-
-
-def key(seed: int, epoch: int, part: np.ndarray | int) -> np.ndarray:
-    """Key of one permutation, uint64 of the shape of `part`."""
-    mixed = _mix(np.array([seed % (1 << 64)], dtype=np.uint64))
-    mixed = _mix(mixed ^ np.array([epoch], dtype=np.uint64))
-    return _mix(mixed ^ np.atleast_1d(np.asarray(part)).astype(np.uint64))
-
-
-def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
-    """Where `index` goes in the keyed permutation of range(size), int64; element-wise over arrays.
-
-    A Feistel network on the smallest square domain that holds `size`, walked until the value lies inside, so a
-    permutation of any length costs no memory.
-    """
-    index, size, keys = np.broadcast_arrays(
-        np.asarray(index).astype(np.uint64), np.asarray(size).astype(np.uint64), keys
-    )
-    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
-    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
-    value = _feistel(index, half, keys)
-    while (outside := value >= size).any():
-        value[outside] = _feistel(value[outside], half[outside], keys[outside])
-    return value.astype(np.int64)
-
-
-def _feistel(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = value >> half, value & mask
-    for number in range(ROUNDS):
-        left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(number))) & mask)
-    return (left << half) | right
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64 bits that spreads every bit."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

@@ -1,26 +1,41 @@
 """Data state: the list of segments a run goes through. The position itself is the step.
 
 A run opens segments where it stands. One that went back to a checkpoint may also hold segments that begin ahead of it:
-those leave out a range of the stream.
+those leave out a range of the streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mf_scale.data.order import Segment, batches_before, epochs_begun
+from mf_scale.data.order import Segment, Stream, epochs_begun
 from mf_scale.errors import UserError
 
-IDENTITY = {
-    "digest": "the index",
+LAW = {
+    "count": "its samples in a global batch",
     "seed": "the seed",
-    "global_batch": "the global batch",
     "block_samples": "data.block_samples",
     "shuffle": "data.shuffle",
+    "repeat_threshold": "data.repeat_threshold",
 }
-"""What makes a segment another one, as a message names it."""
+"""What makes the stream of a source another one, as a message names it."""
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A source as a run wants to read it."""
+
+    name: str
+    """As messages call it."""
+    digest: str
+    """Of the index."""
+    samples: int
+    length: int
+    """Positions of an epoch: `samples`, or more where some are repeated."""
+    count: int
+    """Samples of it in every global batch."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class DataState:
         """Raises UserError where the data is not what `to_dict` made."""
         try:
             state = DataState(tuple(Segment.from_dict(s) for s in data["segments"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the data state cannot be read: {error}", remedy="The checkpoint is damaged.") from error
         return state
 
@@ -49,45 +64,85 @@ class DataState:
 def open_segment(
     state: DataState | None,
     step: int,
+    parts: Sequence[SourcePart],
     *,
-    digest: str,
-    samples: int,
     seed: int,
-    global_batch: int,
     block_samples: int,
     shuffle: str,
+    repeat_threshold: float,
 ) -> tuple[DataState, str | None]:
-    """The state to go on with at `step`, and a sentence where the order changes there.
+    """The state to go on with at `step`, and what changes there in words, where something does.
 
-    The same identity leaves the state as it is. Another one opens a segment that starts at the next epoch, so
-    that no epoch mixes two orders; the sentence says how many samples of the current epoch stay unread. Ranges that
-    were to be left out after `step` belong to the old order and go with it.
+    A source whose law stays the same goes on where it stands, whatever happens to the others. One with another law goes
+    on at its next epoch, so that no epoch mixes two orders; the message says how many samples stay unread. One that was
+    there before and comes back goes on behind what was read of it. Ranges that were to be left out after `step` belong
+    to the old order and go with it.
     """
-    wanted = Segment(step, 0, digest, samples, seed, global_batch, block_samples, shuffle)
+
+    def begin(part: SourcePart, source: int, origin: int, first_epoch: int) -> Stream:
+        facts = part.digest, part.samples, part.length, part.count
+        return Stream(source, *facts, seed, block_samples, shuffle, repeat_threshold, origin, first_epoch)
+
+    past = _last_streams(state, step)
+    running = {s.digest for s in state.at(step).streams} if state else set()
+    streams, changes = [], []
+    unused = max((stream.source for stream, _ in past.values()), default=-1) + 1
+    for part in parts:
+        if part.digest not in past:
+            streams.append(begin(part, unused, step, 0))
+            changes.append(f"{part.name} begins")
+            unused += 1
+            continue
+        last, end = past[part.digest]
+        same = begin(part, last.source, last.origin, last.first_epoch)
+        if same == last and part.digest in running:
+            streams.append(last)
+            continue
+        begun = epochs_begun(last, end)
+        streams.append(begin(part, last.source, step, last.first_epoch + begun))
+        changes.append(_change(part, last, same, end, begun))
+    gone = [stream for digest, (stream, _) in past.items() if digest in running - {p.digest for p in parts}]
+    changes += [f"the source {stream.digest[:12]} ends" for stream in gone]
     if state is None:
-        return DataState((wanted,)), None
-    last = state.at(step)
-    changed = [what for name, what in IDENTITY.items() if getattr(last, name) != getattr(wanted, name)]
-    if not changed:
+        return DataState((Segment(step, tuple(streams)),)), None
+    if not changes:
         return state, None
-    begun = epochs_begun(last, step)
-    unread = begun * last.samples - batches_before(last, step) * last.global_batch
-    first_epoch = last.first_epoch + begun
-    opened = Segment(step, first_epoch, digest, samples, seed, global_batch, block_samples, shuffle)
-    message = (
-        f"From step {step} the order of the data changes ({', '.join(changed)}): it goes on at the start of epoch "
-        f"{first_epoch}, and {unread} samples of epoch {first_epoch - 1} stay unread."
-    )
+    opened = Segment(step, tuple(sorted(streams, key=lambda stream: stream.source)))
+    message = f"From step {step} the order of the data changes: {'; '.join(changes)}."
     return DataState((*(s for s in state.segments if s.first_step <= step), opened)), message
 
 
+def _last_streams(state: DataState | None, step: int) -> dict[str, tuple[Stream, int]]:
+    """Of every source that the run has read before `step`, by digest: its last stream and the step that ended at."""
+    past: dict[str, tuple[Stream, int]] = {}
+    segments = [s for s in state.segments if s.first_step <= step] if state else []
+    ends = [*(s.first_step for s in segments), step][1:]
+    for segment, end in zip(segments, ends, strict=False):
+        past |= {stream.digest: (stream, end) for stream in segment.streams}
+    return past
+
+
+def _change(part: SourcePart, last: Stream, wanted: Stream, end: int, begun: int) -> str:
+    changed = [what for name, what in LAW.items() if getattr(last, name) != getattr(wanted, name)]
+    unread = begun * last.length - (end - last.origin) * last.count
+    return (
+        f"{part.name} ({', '.join(changed) or 'it comes back'}) goes on at the start of its epoch "
+        f"{last.first_epoch + begun}, and {unread} samples of the one before stay unread"
+    )
+
+
 def leave_out(state: DataState, first: int, count: int) -> DataState:
-    """The same stream without `count` global batches: step `first` takes what step `first + count` would have taken.
+    """The same streams without `count` global batches: step `first` takes what step `first + count` would have taken.
 
     Nothing changes for the steps before `first`, so a run that went back to a checkpoint goes on with it.
     """
-    resumes = state.at(first + count)
-    at_first = replace(resumes, first_step=first, offset=batches_before(resumes, first + count))
     earlier = [s for s in state.segments if s.first_step < first]
-    later = [replace(s, first_step=s.first_step - count) for s in state.segments if s.first_step > first + count]
+    at_first = replace(_earlier(state.at(first + count), count), first_step=first)
+    later = [_earlier(s, count) for s in state.segments if s.first_step > first + count]
     return DataState((*earlier, at_first, *later))
+
+
+def _earlier(segment: Segment, count: int) -> Segment:
+    """The segment with everything in it `count` steps earlier."""
+    streams = tuple(replace(stream, origin=stream.origin - count) for stream in segment.streams)
+    return Segment(segment.first_step - count, streams)

@@ -27,12 +27,19 @@ _REAP_SECONDS = 2.0
 
 
 def worker_parts(
-    stream: IterableDataset[Any], *, workers: int, prefetch: int, rank: int, give_up: Callable[[], bool]
+    stream: IterableDataset[Any],
+    *,
+    workers: int,
+    prefetch: int,
+    rank: int,
+    give_up: Callable[[], bool],
+    last: Callable[[int], str],
 ) -> Generator[Any, None, None]:
     """Items of the stream's copies in `workers` processes, round robin; `prefetch` items ahead in each.
 
     While an item keeps it waiting it asks `give_up` once a second, and ends where that is true. Raises RuntimeError
-    naming rank and worker where one died, within seconds. `.close()` ends them quietly and at once, also in a read.
+    naming rank, worker and what `last` says of it where one died, within seconds. `.close()` ends them quietly and at
+    once, also in a read.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -63,7 +70,7 @@ def worker_parts(
                         return
                     continue
                 # A worker that is killed while it hands something over shows as a broken connection.
-                raise _report_dead(processes, rank, error) from error
+                raise _report_dead(processes, rank, last, error) from error
             yield item
     finally:
         for process in processes:
@@ -73,11 +80,15 @@ def worker_parts(
         del iterator
 
 
-def _report_dead(processes: list[Any], rank: int, error: Exception) -> Exception:
+def _report_dead(processes: list[Any], rank: int, last: Callable[[int], str], error: Exception) -> Exception:
     deadline = time.monotonic() + _REAP_SECONDS
     while all(p.is_alive() for p in processes) and time.monotonic() < deadline:
         time.sleep(0.02)
-    dead = [f"{i} (pid {p.pid}, exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+    dead = [
+        f"{i} ({', '.join(filter(None, [f'pid {p.pid}', f'exit code {p.exitcode}', last(i)]))})"
+        for i, p in enumerate(processes)
+        if not p.is_alive()
+    ]
     if not dead:
         return error
     return RuntimeError(

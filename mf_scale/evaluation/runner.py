@@ -18,6 +18,7 @@ from mf_scale.config.schema import Config
 from mf_scale.data.batch import NONE
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.loader import EvalSample, eval_samples
+from mf_scale.data.sources import refuse_task
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
@@ -156,7 +157,14 @@ def _summed(counts: _Counts, things: list[bool]) -> dict[str, Any]:
 
 def _open_source(loaded: LoadedModel, split: str) -> Index:
     """The index of the wanted source, checked against the checkpoint's vocabulary; raises UserError."""
-    source = loaded.config.data.train if split == "train" else loaded.config.data.val
+    data = loaded.config.data
+    source = data.train if split == "train" else data.val
+    if split == "train" and len(data.sources) > 0:
+        raise UserError(
+            f"the run has {len(data.sources)} training sources, an evaluation reads one",
+            where=str(loaded.checkpoint),
+            remedy=f"Name it as the validation source: --split val data.val={data.sources[0].index}",
+        )
     if source is None:
         raise UserError(
             f"the run has no {split} source to evaluate on",
@@ -164,6 +172,7 @@ def _open_source(loaded: LoadedModel, split: str) -> Index:
             remedy=f"Name one: data.{split}=FOLDER.",
         )
     index = Index.open(source)
+    refuse_task(index, data.task)
     if index.vocabulary.digest != loaded.vocabulary.digest:
         raise UserError(
             f"the source has vocabulary {index.vocabulary.name!r} ({len(index.vocabulary)} classes), the checkpoint "

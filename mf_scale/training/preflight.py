@@ -7,15 +7,17 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mf_scale.config.schema import Config
+from mf_scale.config.schema import Config, DataConfig
 from mf_scale.config.validate import check_vocabulary, plan_batch
 from mf_scale.data.index import Index, verify_shards
+from mf_scale.data.sources import open_training, refuse_task
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.rundir import (
@@ -39,16 +41,14 @@ _CHECKSUM_BYTES = 256 * 2**20
 
 def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[str, Any]:
     """On rank 0: every check that needs the data or the disk; takes the lock. What the others must know."""
-    if not config.data.train:
-        raise UserError(
-            "data.train is not set", remedy="Name a source that `python -m data_tools pack` wrote: data.train=FOLDER."
-        )
     plan_batch(config, world.size)
-    index = Index.open(config.data.train)
-    check_vocabulary(config, index.vocabulary, where=config.data.train)
-    verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
+    sources = open_training(config.data)
+    vocabulary = sources[0].vocabulary
+    check_vocabulary(config, vocabulary, where=", ".join(index.source for index in sources))
+    for index in sources:
+        verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
     if config.data.val:
-        _check_validation(Index.open(config.data.val), index, config.data.val)
+        _check_validation(Index.open(config.data.val), vocabulary, config.data)
     _refuse_foreign(run)
     token = secrets.token_hex(8)
     notes = _lock(run, token, lock)
@@ -61,17 +61,19 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
         )
     source = None
     if checkpoint is not None:
-        _check_same_vocabulary(checkpoint, index, f"start a new run_dir with train.init_from={run.path} --reinit-head.")
+        _check_same_vocabulary(
+            checkpoint, vocabulary, f"start a new run_dir with train.init_from={run.path} --reinit-head."
+        )
     elif config.train.init_from:
         source = resolve_checkpoint(config.train.init_from)[1]
         if not config.train.reinit_head:
-            _check_same_vocabulary(source, index, "add --reinit-head, which takes all but its class head.")
+            _check_same_vocabulary(source, vocabulary, "add --reinit-head, which takes all but its class head.")
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "init_from": str(source) if source else None,
         "token": token,
         "damaged": [str(folder) for folder in damaged],
-        "notes": [*notes, *damaged.values(), *_few_queries(config, index)],
+        "notes": [*notes, *damaged.values(), *_few_queries(config, sources)],
     }
 
 
@@ -125,11 +127,12 @@ def _refuse_foreign(run: RunDir) -> None:
         )
 
 
-def _few_queries(config: Config, index: Index) -> list[str]:
-    """A sentence where some images of the source have more segments than there are queries, which is legal."""
+def _few_queries(config: Config, sources: Sequence[Index]) -> list[str]:
+    """A sentence where some images of the sources have more segments than there are queries, which is legal."""
     if config.model.kind != "mask_classification":
         return []
-    queries, segments = config.model.decoder.queries, segment_counts(index, config.data.task)
+    queries = config.model.decoder.queries
+    segments = np.concatenate([segment_counts(index, config.data.task) for index in sources])
     share, most = float((segments > queries).mean()), int(segments.max())
     if most <= queries:
         return []
@@ -158,26 +161,27 @@ def segment_counts(index: Index, task: str) -> np.ndarray:
     return segments - (before[offsets[1:]] - before[offsets[:-1]])
 
 
-def _check_same_vocabulary(source: Path, index: Index, other_way: str) -> None:
+def _check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) -> None:
     saved = Vocabulary.load(source / VOCABULARY)
-    if saved.digest != index.vocabulary.digest:
-        changed = [a for a, b in zip(saved.names, index.vocabulary.names, strict=False) if a != b]
+    if saved.digest != vocabulary.digest:
+        changed = [a for a, b in zip(saved.names, vocabulary.names, strict=False) if a != b]
         raise UserError(
             f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the source has "
-            f"{index.vocabulary.name!r} ({len(index.vocabulary)} classes)"
+            f"{vocabulary.name!r} ({len(vocabulary)} classes)"
             + (f"; the first class that differs is {changed[0]!r}" if changed else ""),
             where=str(source),
             remedy=f"Pack the source with the checkpoint's vocabulary, or {other_way}",
         )
 
 
-def _check_validation(validation: Index, index: Index, where: str) -> None:
-    if validation.vocabulary.digest != index.vocabulary.digest:
+def _check_validation(validation: Index, vocabulary: Vocabulary, data: DataConfig) -> None:
+    refuse_task(validation, data.task)
+    if validation.vocabulary.digest != vocabulary.digest:
         raise UserError(
             f"the validation source has vocabulary {validation.vocabulary.name!r} "
-            f"({len(validation.vocabulary)} classes), the training source {index.vocabulary.name!r} "
-            f"({len(index.vocabulary)} classes)",
-            where=where,
+            f"({len(validation.vocabulary)} classes), the training source {vocabulary.name!r} "
+            f"({len(vocabulary)} classes)",
+            where=validation.source,
             remedy="Pack both with the same vocabulary.",
         )
     verify_shards(validation, checksums=False)

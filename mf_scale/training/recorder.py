@@ -158,7 +158,7 @@ def _announce(session: Session, recorder: Recorder) -> None:
         recorder.note(note)
     plan = session.plan
     recorder.note(
-        f"{session.index.samples:,} samples, {len(session.index.vocabulary)} classes · global batch "
+        f"{session.samples:,} samples, {len(session.vocabulary)} classes · global batch "
         f"{plan.global_batch} = {plan.micro_batch} x {plan.accumulation} accumulated x {plan.world_size} ranks"
     )
     recorder.note(

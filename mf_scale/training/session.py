@@ -16,6 +16,7 @@ from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan, plan_batch, plan_note
 from mf_scale.data.index import Index
+from mf_scale.data.sources import continue_order, describe_sources, open_training
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
@@ -34,9 +35,10 @@ from mf_scale.training.precision import autocast, set_numerics
 from mf_scale.training.preflight import examine, refuse_unshared, settle
 from mf_scale.training.snapshot import FileContents
 from mf_scale.training.spike import Rollback
-from mf_scale.training.state import TrainState, continued_order
+from mf_scale.training.state import TrainState
 from mf_scale.training.statistics import MovingStatistics
 from mf_scale.training.transfer import Transfer
+from mf_scale.vocabulary import Vocabulary
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Session:
     device: torch.device
     run: RunDir
     plan: BatchPlan
-    index: Index
+    sources: tuple[Index, ...]
+    """Of the training data; they have one vocabulary."""
     validation: Index | None
     engine: Engine
     ema: Ema | None
@@ -64,6 +67,16 @@ class Session:
     """It went back from a spike just now, which no checkpoint knows yet."""
     notes: list[str]
     """What a person should know about this start."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the training data."""
+        return self.sources[0].vocabulary
+
+    @property
+    def samples(self) -> int:
+        """Images of all training sources."""
+        return sum(index.samples for index in self.sources)
 
     def contents(self) -> list[FileContents]:
         """The files of a checkpoint that this rank writes."""
@@ -94,10 +107,11 @@ def open_session(
         numerics = set_numerics(config, device)
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
         comm.together(lambda: refuse_unshared(run, found["token"], world))
-        index = comm.together(lambda: Index.open(str(config.data.train)))
+        sources = comm.together(lambda: open_training(config.data))
+        vocabulary = sources[0].vocabulary
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
         init_from = Path(found["init_from"]) if found["init_from"] else None
-        model, started_with = comm.together(lambda: initial_model(config, index.vocabulary, checkpoint, init_from))
+        model, started_with = comm.together(lambda: initial_model(config, vocabulary, checkpoint, init_from))
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
         groups = group_table(optimizer.param_groups)
@@ -115,11 +129,11 @@ def open_session(
             *filter(None, [plan_note(config, plan)]),
             groups,
         ]
-        state, message = comm.together(lambda: _state(config, index, checkpoint, rollback))
+        state, message = comm.together(lambda: _state(config, sources, checkpoint, rollback))
         engine.prepare_moments(state.updates)
         if checkpoint is not None:
             comm.together(lambda: _read_tensors(engine, ema, checkpoint, world))
-        settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(index.vocabulary.to_dict(), indent=1)}
+        settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(vocabulary.to_dict(), indent=1)}
         validation = comm.together(lambda: Index.open(config.data.val) if config.data.val else None)
         notes += comm.on_first_rank(lambda: settle(run, settings, [Path(folder) for folder in found["damaged"]]))
         yield Session(
@@ -128,18 +142,18 @@ def open_session(
             device=device,
             run=run,
             plan=plan,
-            index=index,
+            sources=sources,
             validation=validation,
             engine=engine,
             ema=ema,
             transfer=Transfer(device),
             statistics=MovingStatistics(engine.module),
-            criterion=choose_criterion(config, len(index.vocabulary)),
+            criterion=choose_criterion(config, len(vocabulary)),
             state=state,
             settings=settings,
             resumed=checkpoint is not None,
             rolled_back=rollback is not None,
-            notes=[*notes, *([message] if message else [])],
+            notes=[*notes, *describe_sources(sources, state.data, state.step), *([message] if message else [])],
         )
     finally:
         if engine is not None:
@@ -167,13 +181,14 @@ def _kernels(config: Config, device: torch.device) -> list[str]:
 
 
 def _state(
-    config: Config, index: Index, checkpoint: Path | None, rollback: Rollback | None
+    config: Config, sources: tuple[Index, ...], checkpoint: Path | None, rollback: Rollback | None
 ) -> tuple[TrainState, str | None]:
     saved = TrainState.from_dict(read_json(checkpoint / STATE)) if checkpoint else None
     if rollback is not None:
         saved = saved or TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=rollback.data)
         rollback.apply(saved)
-    data, message = continued_order(config, index, saved)
+    step, known = (saved.step, saved.data) if saved else (0, None)
+    data, message = continue_order(config, sources, known, step)
     if saved is None:
         return TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data), message
     saved.data = data

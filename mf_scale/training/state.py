@@ -11,9 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mf_scale import __version__
-from mf_scale.config.schema import Config
-from mf_scale.data.index import Index
-from mf_scale.data.state import DataState, open_segment
+from mf_scale.data.state import DataState
 from mf_scale.rundir import RunDir
 
 
@@ -76,20 +74,6 @@ class TrainState:
             rollbacks=[dict(rollback) for rollback in data["rollbacks"]],
             best=(int(data["best"][0]), float(data["best"][1])) if data["best"] else None,
         )
-
-
-def continued_order(config: Config, index: Index, saved: TrainState | None) -> tuple[DataState, str | None]:
-    """The data order that a start with this configuration goes on with, and a sentence where it changes there."""
-    return open_segment(
-        saved.data if saved else None,
-        saved.step if saved else 0,
-        digest=index.digest,
-        samples=index.samples,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        block_samples=config.data.block_samples,
-        shuffle=config.data.shuffle,
-    )
 
 
 def surroundings(run: RunDir, *, world: int, stage: int, seed: int) -> dict[str, Any]:

@@ -167,10 +167,9 @@ def _raise(failure: UserError | None) -> None:
 
 def _stream(session: Session, flag: StopFlag) -> Generator[tuple[int, Batch], None, None]:
     return train_steps(
-        session.index,
+        session.sources,
         session.state.data,
         session.config.data,
-        seed=session.config.seed,
         rank=session.world.rank,
         world=session.world.size,
         step=session.state.step,
@@ -208,10 +207,11 @@ def _record_samples(session: Session, recorder: Recorder, saver: Saver, batch: B
         for event in _flat(comm.gather_objects([e for e in batch.events if e.get("event") == "quarantine"])):
             recorder.event("quarantine", **{name: value for name, value in event.items() if name != "event"})
             recorder.note(f"quarantined {event.get('key')} in {event.get('shard')}: {event.get('reason')}")
-        share = state.quarantined / max(state.samples, session.index.samples)
+        share = state.quarantined / max(state.samples, session.samples)
         if share > config.data.max_bad_fraction:
             what = f"{state.quarantined} samples could not be decoded, {share:.2%} of what was read"
-            where = f"{config.data.train}, data.max_bad_fraction = {config.data.max_bad_fraction}"
+            named = ", ".join(index.source for index in session.sources)
+            where = f"{named}, data.max_bad_fraction = {config.data.max_bad_fraction}"
             saver.finish()
             remedy = "Run `python -m data_tools verify` on the source; metrics.jsonl names every sample."
             raise comm.agreed(GuardError(what, where=where, remedy=remedy))

@@ -17,7 +17,7 @@ from mf_scale.config.validate import plan_batch
 from mf_scale.data.batch import NO_LABEL, NONE, Batch
 from mf_scale.data.index import Index
 from mf_scale.data.loader import train_steps
-from mf_scale.data.state import open_segment
+from mf_scale.data.sources import continue_order
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World, world_from_environment
@@ -52,17 +52,8 @@ def scenario(source: str, options: dict, world: World, device: torch.device) -> 
     model.register_parameter("used_by_nothing", nn.Parameter(torch.ones(3)))
     engine = Engine(model.to(device), build_optimizer(model, config.optimizer), config, plan, world)
     criterion = choose_criterion(config, len(index.vocabulary))
-    state, _ = open_segment(
-        None,
-        0,
-        digest=index.digest,
-        samples=index.samples,
-        seed=0,
-        global_batch=config.train.global_batch,
-        block_samples=config.data.block_samples,
-        shuffle=config.data.shuffle,
-    )
-    stream = train_steps(index, state, config.data, seed=0, rank=world.rank, world=world.size, step=0)
+    state, _ = continue_order(config, [index], None, 0)
+    stream = train_steps([index], state, config.data, rank=world.rank, world=world.size, step=0)
     losses, norms = [], []
     with closing(stream):
         for step in range(STEPS):

@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from mf_scale.data.order import (
     SampleOrder,
     Segment,
+    Stream,
     block_bounds,
     epochs_begun,
-    permute,
     positions,
     rank_lanes,
     window,
     worker_share,
 )
-from mf_scale.data.state import DataState, leave_out, open_segment
+from mf_scale.data.permutation import permute
+from mf_scale.data.state import DataState, SourcePart, leave_out, open_segment
 
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 batches = st.integers(1, 48)
@@ -26,13 +27,24 @@ shuffles = st.sampled_from(["blocks", "full"])
 FAST = settings(max_examples=60, deadline=None)
 
 
-def segment(shard_samples, global_batch, block, shuffle, seed=0, first_step=0, first_epoch=0) -> Segment:
-    return Segment(first_step, first_epoch, "digest", sum(shard_samples), seed, global_batch, block, shuffle)
+def segment(shard_samples, global_batch, block, shuffle, seed=0, first_step=0, first_epoch=0) -> Stream:
+    samples = sum(shard_samples)
+    return Stream(0, "digest", samples, samples, global_batch, seed, block, shuffle, 0.0, first_step, first_epoch)
 
 
-def steps_of(law: Segment, epochs: int) -> range:
-    """The steps that cover the first epochs of a segment."""
-    return range(law.first_step, law.first_step + -(-epochs * law.samples // law.global_batch))
+def state_of(*streams: Stream) -> DataState:
+    return DataState((Segment(streams[0].origin, streams),))
+
+
+def only(state: DataState, step: int) -> Stream:
+    """The stream of a state with one source."""
+    (stream,) = state.at(step).streams
+    return stream
+
+
+def steps_of(law: Stream, epochs: int) -> range:
+    """The steps that cover the first epochs of a stream."""
+    return range(law.origin, law.origin + -(-epochs * law.length // law.count))
 
 
 @FAST
@@ -90,26 +102,26 @@ def test_a_world_that_does_not_divide_the_batch_is_refused():
 def test_a_resume_cut_changes_nothing(shard_samples, global_batch, shuffle, seed, cut, data):
     law = segment(shard_samples, global_batch, 16, shuffle, seed)
     whole = [SampleOrder(law, shard_samples).sample_ids(positions(law, step)).tolist() for step in range(cut + 3)]
-    state = DataState.from_dict(DataState((law,)).to_dict())
+    state = DataState.from_dict(state_of(law).to_dict())
     resumed, message = reopen(state, cut)
     assert resumed is state and message is None
-    order = SampleOrder(resumed.at(cut), shard_samples)
+    order = SampleOrder(only(resumed, cut), shard_samples)
     step = data.draw(st.integers(cut, cut + 2))
-    assert order.sample_ids(positions(resumed.at(step), step)).tolist() == whole[step]
+    assert order.sample_ids(positions(only(resumed, step), step)).tolist() == whole[step]
 
 
 @FAST
 @given(shards, batches, batches, st.integers(0, 60))
 def test_a_changed_batch_goes_on_at_the_next_epoch(shard_samples, before, after, cut):
     law = segment(shard_samples, before, 16, "blocks", first_epoch=2)
-    state, message = reopen(DataState((law,)), cut, global_batch=after)
+    state, message = reopen(state_of(law), cut, count=after)
     if before == after:
         assert message is None
         return
-    new = state.at(cut)
-    assert state.segments[0] == law and state.at(cut - 1 if cut else 0) in (law, new)
+    new = only(state, cut)
+    assert state.segments[0].streams == (law,) and only(state, cut - 1 if cut else 0) in (law, new)
     read = {int(p) for step in range(cut) for p in positions(law, step)}
-    start = new.first_epoch * new.samples
+    start = new.first_epoch * new.length
     assert all(p < start for p in read)
     assert not read or max(read) >= start - new.samples
     unread = start - 2 * new.samples - len(read)
@@ -118,10 +130,17 @@ def test_a_changed_batch_goes_on_at_the_next_epoch(shard_samples, before, after,
     assert epochs_begun(law, cut) == new.first_epoch - 2
 
 
+def part_of(stream: Stream, **changes) -> SourcePart:
+    facts = {name: getattr(stream, name) for name in ("digest", "samples", "length", "count")}
+    return SourcePart(**{"name": stream.digest, **facts, **changes})
+
+
 def reopen(state: DataState, step: int, **changes):
-    last = state.segments[-1]
-    names = ("digest", "samples", "seed", "global_batch", "block_samples", "shuffle")
-    return open_segment(state, step, **{**{name: getattr(last, name) for name in names}, **changes})
+    """The state at `step` of a run whose one source has other samples in a global batch, or whatever is changed."""
+    last = state.segments[-1].streams[-1]
+    names = ("seed", "block_samples", "shuffle", "repeat_threshold")
+    laws = {name: changes.pop(name, getattr(last, name)) for name in names}
+    return open_segment(state, step, [part_of(last, **changes)], **laws)
 
 
 ranges = st.lists(st.tuples(st.integers(0, 25), st.integers(1, 12)), min_size=1, max_size=3)
@@ -132,7 +151,7 @@ ranges = st.lists(st.tuples(st.integers(0, 25), st.integers(1, 12)), min_size=1,
 def test_leaving_out_a_range_leaves_the_rest_as_it_was(shard_samples, global_batch, shuffle, first_epoch, left_out):
     """Also ranges behind, before and across ranges that were left out earlier."""
     law = segment(shard_samples, global_batch, 16, shuffle, first_step=3, first_epoch=first_epoch)
-    state, expected = DataState((law,)), list(range(3, 80))
+    state, expected = state_of(law), list(range(3, 80))
     for after, count in left_out:
         first = 3 + after
         state = leave_out(state, first, count)
@@ -141,8 +160,8 @@ def test_leaving_out_a_range_leaves_the_rest_as_it_was(shard_samples, global_bat
     order = SampleOrder(law, shard_samples)
     for step, undisturbed in enumerate(expected[:40], start=3):
         wanted = positions(law, undisturbed)
-        assert (positions(state.at(step), step) == wanted).all(), (step, undisturbed)
-        same = SampleOrder(state.at(step), shard_samples).sample_ids(wanted)
+        assert (positions(only(state, step), step) == wanted).all(), (step, undisturbed)
+        same = SampleOrder(only(state, step), shard_samples).sample_ids(wanted)
         assert (same == order.sample_ids(wanted)).all()
 
 
@@ -152,23 +171,16 @@ def test_a_changed_batch_after_or_before_a_range_left_out(shard_samples, before,
     """The new order begins behind everything that was read, and a range that was still to be left out goes."""
     if before == after:
         return
-    gone_back = leave_out(DataState((segment(shard_samples, before, 16, "blocks"),)), first, count)
-    state, message = reopen(gone_back, cut, global_batch=after)
-    new = state.at(cut)
-    assert all(state.at(cut + more) is new for more in range(50))
+    gone_back = leave_out(state_of(segment(shard_samples, before, 16, "blocks")), first, count)
+    state, message = reopen(gone_back, cut, count=after)
+    new = only(state, cut)
+    assert all(only(state, cut + more) is new for more in range(50))
     assert [s.first_step for s in state.segments] == sorted(s.first_step for s in state.segments)
-    read = [int(p) for step in range(cut) for p in positions(gone_back.at(step), step)]
-    start = new.first_epoch * new.samples
+    read = [int(p) for step in range(cut) for p in positions(only(gone_back, step), step)]
+    start = new.first_epoch * new.length
     passed = len(read) + (count * before if cut >= first else 0)
     assert positions(new, cut).min() == start and all(p < start for p in read)
     assert f" {start - passed} samples" in message and start - passed < new.samples
-
-
-def test_a_state_without_offsets_is_read():
-    """As checkpoints had it before ranges could be left out."""
-    old = DataState((segment([9], 4, 8, "blocks"),)).to_dict()
-    del old["segments"][0]["offset"]
-    assert DataState.from_dict(old).at(5).offset == 0
 
 
 @FAST

@@ -7,18 +7,22 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mf_scale.config.schema import SourceConfig
 from mf_scale.data.batch import IGNORE, NO_LABEL
 from mf_scale.data.collate import join
+from mf_scale.data.index import HEAD, head_digest
 from mf_scale.data.loader import RankStream, eval_samples, loss_batches, train_steps
 from mf_scale.data.order import SampleOrder, positions
-from mf_scale.data.state import DataState, leave_out
+from mf_scale.data.places import Places
+from mf_scale.data.sources import open_training, order_of
+from mf_scale.data.state import leave_out
 from mf_scale.data.storage import Storage
 from mf_scale.errors import GuardError, UserError
 from tests.sources import make_source, open_state, small_config
@@ -33,7 +37,7 @@ def index(tmp_path_factory):
 
 def steps(index, config, count, *, global_batch=4, rank=0, world=1, step=0, seed=5, state=None):
     state = state or open_state(index, config, global_batch, seed)
-    stream = train_steps(index, state, config, seed=seed, rank=rank, world=world, step=step)
+    stream = train_steps([index], state, config, rank=rank, world=world, step=step)
     try:
         return list(islice(stream, count))
     finally:
@@ -90,7 +94,7 @@ def test_a_range_that_is_left_out_ahead_is_missing_from_the_stream_and_nothing_e
 
 def test_the_keys_are_those_of_the_order_and_every_sample_comes_once(index):
     config = small_config()
-    segment = open_state(index, config, 4, 5).at(0)
+    segment = open_state(index, config, 4, 5).at(0).streams[0]
     order = SampleOrder(segment, index.shard_samples)
     made = steps(index, config, 23)  # 4 epochs of 23 samples
     for step, batch in made:
@@ -163,16 +167,16 @@ def test_a_shard_that_goes_missing_is_one_clear_error(tmp_path):
             steps(index, small_config(workers=workers), 4)
 
 
-def test_a_state_of_another_index_is_refused(index):
+def test_a_state_of_another_index_is_refused(index, tmp_path):
     config = small_config()
-    state = DataState((replace(open_state(index, config, 4).at(0), digest="other"),))
+    state = open_state(make_source(tmp_path / "other", [3]), config, 4)
     with pytest.raises(UserError, match="another index"):
-        train_steps(index, state, config, seed=0, rank=0, world=1, step=0)
+        train_steps([index], state, config, rank=0, world=1, step=0)
 
 
 def test_workers_outlive_the_signals_of_a_stop_and_leave_quietly(index, capfd):
     config = small_config(workers=2)
-    stream = train_steps(index, open_state(index, config, 4), config, seed=0, rank=0, world=1, step=0)
+    stream = train_steps([index], open_state(index, config, 4), config, rank=0, world=1, step=0)
     next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -189,11 +193,12 @@ def test_workers_outlive_the_signals_of_a_stop_and_leave_quietly(index, capfd):
 
 def test_a_dead_worker_is_an_error_that_names_it(index):
     config = small_config(workers=2)
-    stream = train_steps(index, open_state(index, config, 4), config, seed=0, rank=0, world=2, step=0)
+    stream = train_steps([index], open_state(index, config, 4), config, rank=0, world=2, step=0)
     next(stream)
     victim = multiprocessing.active_children()[0]
     victim.kill()
-    with pytest.raises(RuntimeError, match=rf"rank 0: data worker [01] \(pid {victim.pid}, exit code -9\) died"):
+    last = r"its last sample is s\d+ in part-\d+\.tar of .*"
+    with pytest.raises(RuntimeError, match=rf"worker [01] \(pid {victim.pid}, exit code -9, {last}\) died"):
         for _ in range(50):
             next(stream)
 
@@ -209,16 +214,88 @@ def test_the_stream_draws_nothing_from_global_generators(index):
 def test_a_stream_travels_to_a_spawned_process(index):
     """Where fork is not the default, all a worker needs travels pickled."""
     config = small_config()
-    stream = RankStream(index, open_state(index, config, 4, 5), config, 5, np.arange(4), 0)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        keys = pool.apply_async(_first_keys, (stream,)).get(timeout=60)
-    assert keys == steps(index, config, 1)[0][1].keys
+    state = open_state(index, config, 4, 5)
+    orders = {index.digest: order_of(index, state.at(0).streams[0])}
+    stream = RankStream((index,), orders, state, config, np.arange(4), 0, Places([index], 1))
+    spawn = multiprocessing.get_context("spawn")
+    told = spawn.SimpleQueue()
+    process = spawn.Process(target=_tell_first_keys, args=(stream, told))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0 and told.get() == steps(index, config, 1)[0][1].keys
+    assert stream.places.describe(0).startswith("its last sample is ")
 
 
-def _first_keys(stream: RankStream) -> list[str]:
+def _tell_first_keys(stream: RankStream, told: Any) -> None:
     part = next(iter(stream))
     assert not isinstance(part, Exception)
-    return part.keys
+    told.put(part.keys)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two sources of one vocabulary, of 11 and 23 samples."""
+    folder = tmp_path_factory.mktemp("pair")
+    return [make_source(folder / "a", [4, 7]), make_source(folder / "b", [13, 10])]
+
+
+def several(pair, config, count, *, rank=0, world=1, step=0, state=None):
+    state = state or open_state(pair, config, 6, 5, weights=(1, 2))
+    stream = train_steps(pair, state, config, rank=rank, world=world, step=step)
+    try:
+        return list(islice(stream, count))
+    finally:
+        stream.close()
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "full"])
+def test_several_sources_share_every_global_batch_in_any_layout(pair, shuffle):
+    """Two of six samples from the first source; every sample of each once an epoch; any ranks, workers and starts."""
+    config = small_config(shuffle=shuffle)
+    whole = several(pair, config, 16)
+    state = open_state(pair, config, 6, 5, weights=(1, 2))
+    for step, batch in whole:
+        taken = [
+            pair[number].sample(int(sample_id)).key
+            for number, stream in enumerate(state.at(step).streams)
+            for sample_id in order_of(pair[number], stream).sample_ids(positions(stream, step))
+        ]
+        assert batch.keys == taken and len(taken) == 6
+    first = [key for _, batch in whole for key in batch.keys[:2]]
+    assert sorted(first[:10]) == sorted(set(first[:10]))
+    for world, workers, start in ((2, 0, 0), (3, 2, 3), (1, 3, 2), (6, 1, 1)):
+        ranks = [
+            several(pair, small_config(shuffle=shuffle, workers=workers), 4, rank=r, world=world, step=start)
+            for r in range(world)
+        ]
+        for number in range(4):
+            parts = [rank[number][1] for rank in ranks]
+            lanes = np.argsort([lane for r in range(world) for lane in range(r, 6, world)])
+            joined, (step, wanted) = join(parts), whole[start + number]
+            assert all(rank[number][0] == step for rank in ranks)
+            assert [joined.keys[i] for i in lanes] == wanted.keys
+            assert torch.equal(joined.images[lanes], wanted.images)
+
+
+def test_sources_that_cannot_be_read_together_are_refused(pair, tmp_path):
+    def refused(*names: str, **changes: object) -> str:
+        with pytest.raises(UserError) as caught:
+            open_training(small_config(sources=[SourceConfig(str(name)) for name in names], **changes))
+        return str(caught.value)
+
+    first, second = (index.source for index in pair)
+    assert "two training sources are the same" in refused(first, second, first)
+    assert "data.train is not set" in refused()
+    classes = tmp_path / "classes"
+    make_source(classes, [2], kind="semantic")
+    assert "needs instances" in refused(str(classes)) and "data.task=semantic" in refused(str(classes))
+    make_source(tmp_path / "instances", [2], kind="instance")
+    assert "every pixel annotated" in refused(str(tmp_path / "instances"))
+    head = json.loads((classes / HEAD).read_text())
+    head["vocabulary"]["classes"][0]["name"] = "another"
+    head["kind"] = "panoptic"
+    (classes / HEAD).write_text(json.dumps({**head, "digest": head_digest(head)}))
+    assert "label differently" in refused(first, str(classes))
 
 
 @pytest.mark.parametrize(("world", "batch", "count"), [(1, 4, 23), (3, 2, 10), (4, 3, 5), (2, 4, 99)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mf_scale.config.train_schema import GuardConfig
-from mf_scale.data.order import Segment
+from mf_scale.data.order import Segment, Stream
 from mf_scale.data.state import DataState
 from mf_scale.errors import EXIT_GUARD, GuardError
 from mf_scale.rundir import FORMAT, MANIFEST, WEIGHTS, RunDir, file_digest
@@ -200,7 +200,7 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one():
 
 
 def a_state(step: int = 0) -> TrainState:
-    data = DataState((Segment(0, 0, "digest", 40, 0, 4, 8, "blocks"),))
+    data = DataState((Segment(0, (Stream(0, "digest", 40, 40, 4, 0, 8, "blocks", 0.0, 0, 0),)),))
     return TrainState(step=step, updates=0, samples=0, quarantined=0, validated=0, data=data)
 
 
@@ -212,11 +212,11 @@ def test_a_rollback_leaves_out_the_batches_of_the_spike_and_is_recorded():
     assert resumed.rollbacks == [{"step": 30, "to": 25, "skipped": 5}] and live.rollbacks == []
     assert resumed.data.at(26) == live.data.at(26)
     left_out = resumed.data.at(27)  # the spike's own batch is 29: 27 to 31 are left out
-    assert (left_out.first_step, left_out.offset) == (27, 32)
+    assert (left_out.first_step, left_out.streams[0].origin) == (27, 27 - 32)
     saved = TrainState.from_dict(json.loads(json.dumps(resumed.to_dict())))
     assert saved.data == resumed.data and saved.rollbacks == resumed.rollbacks
     again = plan_rollback(saved, config, step=33, to=25, keys=["a"], where="run")
-    assert [r["step"] for r in again.rollbacks] == [30, 33] and again.data.at(32).offset == 40
+    assert [r["step"] for r in again.rollbacks] == [30, 33] and again.data.at(32).streams[0].origin == -10
 
 
 def test_a_run_that_went_back_too_often_stops_and_names_steps_and_samples():

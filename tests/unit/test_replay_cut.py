@@ -28,7 +28,7 @@ def test_the_micro_batches_are_those_of_the_ranks(tmp_path, world, size):
     state = open_state(index, config, 8)
 
     def batch(rank: int, ranks: int):
-        with closing(train_steps(index, state, config, seed=3, rank=rank, world=ranks, step=5)) as steps:
+        with closing(train_steps([index], state, config, rank=rank, world=ranks, step=5)) as steps:
             return next(steps)[1]
 
     found = list(micro_batches(batch(0, 1), world=world, size=size))
@@ -118,7 +118,7 @@ def test_catching_up_over_a_change_of_world_size_cuts_each_step_with_its_own(tmp
     criterion: Any = _Criterion()
     model = _Model()
     before = model.linear.weight.detach().clone()
-    with closing(train_steps(index, state, config, seed=0, rank=0, world=1, step=0)) as batches:
+    with closing(train_steps([index], state, config, rank=0, world=1, step=0)) as batches:
         catching.catch_up(plan, model, criterion, batches, LossScale(torch.device("cpu"), dynamic=False), lambda: None)
     assert seen == [(2, 4), (2, 4), (4, 1)]
     assert not torch.equal(model.linear.weight, before)

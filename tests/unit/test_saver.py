@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mf_scale import faults
 from mf_scale.config.schema import Config
-from mf_scale.data.state import open_segment
+from mf_scale.data.state import SourcePart, open_segment
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, RunDir, checkpoint_damage, committed_checkpoints
@@ -60,7 +60,8 @@ class Clock:
 
 
 def make_state() -> TrainState:
-    data, _ = open_segment(None, 0, digest="d", samples=10, seed=0, global_batch=2, block_samples=4, shuffle="blocks")
+    law = {"seed": 0, "block_samples": 4, "shuffle": "blocks", "repeat_threshold": 0.0}
+    data, _ = open_segment(None, 0, [SourcePart("d", "d", samples=10, length=10, count=2)], **law)  # type: ignore[arg-type]
     return TrainState(step=0, updates=0, samples=0, quarantined=0, validated=0, data=data)
 
 

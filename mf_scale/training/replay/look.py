@@ -66,17 +66,15 @@ def replay(plan: ReplayPlan, device: torch.device, *, catching_up: bool, done: C
     Raises UserError for weights or data that are not there any more.
     """
     set_numerics(plan.config, device)
-    model, _ = initial_model(plan.config, plan.index.vocabulary, plan.checkpoint)
+    model, _ = initial_model(plan.config, plan.sources[0].vocabulary, plan.checkpoint)
     model.to(device).train()
-    criterion = choose_criterion(plan.config, len(plan.index.vocabulary))
+    criterion = choose_criterion(plan.config, len(plan.sources[0].vocabulary))
     loss_scale = LossScale(device, dynamic=plan.config.train.precision == "fp16")
     if plan.loss_scale is not None:
         loss_scale.load(plan.loss_scale)
     first = plan.state.step if catching_up else plan.step - 1
     data = replace(plan.config.data, workers=0)  # whoever reads: one process, one stream of all ranks' samples
-    with closing(
-        train_steps(plan.index, plan.data, data, seed=plan.config.seed, rank=0, world=1, step=first)
-    ) as batches:
+    with closing(train_steps(plan.sources, plan.data, data, rank=0, world=1, step=first)) as batches:
         if catching_up:
             catch_up(plan, model, criterion, batches, loss_scale, done)
         _, batch = next(batches)

@@ -1,0 +1,45 @@
+"""Rules of the data section: sources, repeats, cache. Pure; see `validate.py`."""
+
+from __future__ import annotations
+
+import math
+
+from mf_scale.config.schema import Config, DataConfig
+
+
+def _sources(config: Config) -> list[str]:
+    data, broken = config.data, []
+    if data.train is not None and data.sources:
+        broken.append("data.train and data.sources both name training sources: put all of them into data.sources")
+    for place, source in enumerate(data.sources):
+        if not source.index.strip():
+            broken.append(f"data.sources[{place}].index is empty: it names the folder (or url) of a source")
+        if source.index.startswith("~"):
+            broken.append(f"data.sources[{place}].index = {source.index}: ~ is not expanded here, write the whole path")
+        if not (source.weight > 0 and math.isfinite(source.weight)):
+            broken.append(f"data.sources[{place}].weight = {source.weight:g} must be above 0")
+    return broken
+
+
+def _repeats(config: Config) -> list[str]:
+    threshold = config.data.repeat_threshold
+    if 0 <= threshold <= 1:
+        return []
+    return [f"data.repeat_threshold = {threshold:g} is a share of images: 0 (no repeats) to 1, for example 0.001"]
+
+
+def _cache(config: Config) -> list[str]:
+    data = config.data
+    if data.cache_dir is None:
+        if data.cache_gib != DataConfig().cache_gib:
+            return [f"data.cache_gib = {data.cache_gib:g} does nothing without data.cache_dir"]
+        return []
+    broken = []
+    if not data.cache_dir.strip() or data.cache_dir.startswith("~"):
+        broken.append(f"data.cache_dir = {data.cache_dir!r} must be a folder, written whole (~ is not expanded here)")
+    if not (data.cache_gib > 0 and math.isfinite(data.cache_gib)):
+        broken.append(f"data.cache_gib = {data.cache_gib:g} must be above 0")
+    return broken
+
+
+DATA_RULES = (_sources, _repeats, _cache)

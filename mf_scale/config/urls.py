@@ -1,0 +1,69 @@
+"""Urls of sources: which are read, and that no secret stands in one or in what is said about it."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import urlsplit
+
+from mf_scale.errors import UserError
+
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs"}
+"""Schemes that are read, and the extra that installs what each needs."""
+ENVIRONMENT = {
+    "http": "MF_SCALE_HTTP_AUTHORIZATION (the whole Authorization header, such as 'Bearer …')",
+    "https": "MF_SCALE_HTTP_AUTHORIZATION (the whole Authorization header, such as 'Bearer …')",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (AWS_ENDPOINT_URL for a store of your own)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS (a key file)",
+}
+"""Where credentials come from, by scheme."""
+SECRETS = ("MF_SCALE_HTTP_AUTHORIZATION", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+"""Variables whose values nothing may repeat."""
+HIDDEN = "***"
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]+")
+
+
+def scheme_of(source: str) -> str:
+    """Scheme of a source: one of EXTRAS, or "" for a local folder.
+
+    Raises UserError for every other scheme and for a url that holds credentials: it would be written to disk.
+    """
+    found = _SCHEME.match(source)
+    if not found:
+        return ""
+    scheme = found[1].lower()
+    if scheme not in EXTRAS or not source[found.end() :].startswith("//"):
+        raise UserError(
+            f"sources of the kind {scheme + ':'!r} are not read",
+            where=redact(source),
+            remedy=f"Give a local folder (./{redact(source)} if it is one) or a url of {', '.join(EXTRAS)}.",
+        )
+    if not _is_plain(source):
+        raise UserError(
+            "the url of a source holds credentials or a query, or has no host",
+            where=f"{scheme}://{HIDDEN}",
+            remedy=f"Give the plain url, and credentials in the environment: {ENVIRONMENT[scheme]}.",
+        )
+    return scheme
+
+
+def redact(text: str) -> str:
+    """The text without users, passwords and queries of its urls, and without the secrets of the environment."""
+    text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    for secret in (os.environ.get(name, "") for name in SECRETS):
+        for part in (secret, secret.rpartition(" ")[2]):
+            if len(part) >= 4:  # hiding less would spoil ordinary words
+                text = text.replace(part, HIDDEN)
+    return text
+
+
+def _is_plain(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is not a number, as with a slash in a password
+    except ValueError:
+        return False
+    return bool(parts.hostname) and "@" not in parts.netloc and not set("?#") & set(url)
