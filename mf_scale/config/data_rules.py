@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from mf_scale.config.schema import Config, DataConfig
+from mf_scale.config.urls import scheme_of
+from mf_scale.errors import UserError
 
 
 def _sources(config: Config) -> list[str]:
@@ -18,6 +20,19 @@ def _sources(config: Config) -> list[str]:
             broken.append(f"data.sources[{place}].index = {source.index}: ~ is not expanded here, write the whole path")
         if not (source.weight > 0 and math.isfinite(source.weight)):
             broken.append(f"data.sources[{place}].weight = {source.weight:g} must be above 0")
+    return broken
+
+
+def _urls(config: Config) -> list[str]:
+    """Here, and not where a source is opened, because by then the configuration with the url was written down."""
+    data, broken = config.data, []
+    given = {"data.train": data.train, "data.val": data.val}
+    given |= {f"data.sources[{place}].index": source.index for place, source in enumerate(data.sources)}
+    for name, url in given.items():
+        try:
+            scheme_of(url or "")
+        except UserError as error:
+            broken.append(f"{name}: {error}")
     return broken
 
 
@@ -42,4 +57,4 @@ def _cache(config: Config) -> list[str]:
     return broken
 
 
-DATA_RULES = (_sources, _repeats, _cache)
+DATA_RULES = (_sources, _urls, _repeats, _cache)

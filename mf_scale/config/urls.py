@@ -53,10 +53,10 @@ def scheme_of(source: str) -> str:
 def redact(text: str) -> str:
     """The text without users, passwords and queries of its urls, and without the secrets of the environment."""
     text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
-    for secret in (os.environ.get(name, "") for name in SECRETS):
-        for part in (secret, secret.rpartition(" ")[2]):
-            if len(part) >= 4:  # hiding less would spoil ordinary words
-                text = text.replace(part, HIDDEN)
+    secrets = {part for name in SECRETS for part in (os.environ.get(name, ""), os.environ.get(name, "").split(" ")[-1])}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= 4:  # hiding less would spoil ordinary words
+            text = text.replace(secret, HIDDEN)
     return text
 
 

@@ -56,7 +56,7 @@ class IdMeaning:
             unknown = sorted(set(data) - {"ignore", "background", "offset"})
             if unknown:
                 raise ValueError(f"unknown {unknown}")
-            ignore, background = (tuple(int(value) for value in data.get(name, ())) for name in ("ignore", "background"))
+            ignore, background = (tuple(map(int, data.get(name, ()))) for name in ("ignore", "background"))
             return IdMeaning(ignore, background, int(data.get("offset", 0)))
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the meaning of ids cannot be read: {error}", where=where, remedy=REMEDY) from error

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mf_scale.data.cache import CacheSettings, Content, open_storage
 from mf_scale.data.ids import LabelMember
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
@@ -85,11 +86,13 @@ def head_digest(head: Mapping[str, Any]) -> str:
 class Index:
     """A source opened for reading. Pickles as its path, so worker processes map the columns themselves."""
 
-    def __init__(self, source: str, head: Mapping[str, Any], table: pa.Table) -> None:
-        self.source = source
-        self.storage = Storage(source)
+    def __init__(
+        self, source: str, head: Mapping[str, Any], table: pa.Table, cache: CacheSettings | None = None
+    ) -> None:
+        self.source, self.cache = source, cache
         self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
         self.shards = tuple(Shard(**shard) for shard in head["shards"])
+        self.storage = open_storage(source, cache, {s.name: Content(s.sha256, s.size) for s in self.shards})
         self.digest = str(head["digest"])
         self.crowd, self.unlabelled = str(head["crowd"]), str(head["unlabelled"])
         self.kind = str(head["kind"])
@@ -100,8 +103,11 @@ class Index:
         self.samples = table.num_rows
 
     @staticmethod
-    def open(source: str | Path) -> Index:
-        """Open the source (folder or url prefix); raises UserError where its index is missing or malformed."""
+    def open(source: str | Path, cache: CacheSettings | None = None) -> Index:
+        """Open the source (folder or url prefix), its shards through `cache` if it is remote.
+
+        Raises UserError where its index is missing or malformed.
+        """
         storage = Storage(str(source))
         where = f"{storage.source}/{HEAD}"
         folder = storage.local_path(HEAD)
@@ -110,7 +116,7 @@ class Index:
         try:
             head = json.loads(storage.read_all(HEAD))
             _check_head(head, where)
-            index = Index(storage.source, head, _open_table(storage, head["columns"]))
+            index = Index(storage.source, head, _open_table(storage, head["columns"]), cache)
         except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise UserError(
                 f"the index is malformed: {type(error).__name__} {error}", where=where, remedy=REMEDY
@@ -119,8 +125,8 @@ class Index:
             raise UserError("the index counts its samples wrongly or has none", where=where, remedy=REMEDY)
         return index
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return _reopen, (self.source, self.digest)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _reopen, (self.source, self.digest, self.cache)
 
     @cached_property
     def shard_samples(self) -> list[int]:
@@ -135,6 +141,12 @@ class Index:
         """Row of sample `i`, 0 <= i < samples."""
         row = {name: self.table.column(name)[i].as_py() for name in SCHEMA.names}
         return SampleRecord(**{**row, "shard": self.shards[row["shard"]].name})
+
+    def class_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes of samples first..end as views: where each list begins and ends, int64 [n+1], and int32 labels."""
+        lists = self.table.column("class_ids").chunk(0)[first:end]
+        offsets = lists.offsets.to_numpy()
+        return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
 
     def class_counts(self) -> np.ndarray:
         """Images that hold each class, int64 [K]."""
@@ -163,7 +175,7 @@ def _shard_fault(index: Index, shard: Shard, checksums: bool) -> str:
         return "is missing or unreadable"
     if size != shard.size:
         return f"has {size} bytes instead of {shard.size}"
-    if checksums and checksum(index.storage, shard.name, shard.size) != shard.sha256:
+    if checksums and checksum(Storage(index.source), shard.name, shard.size) != shard.sha256:
         return "has another checksum"
     return ""
 
@@ -176,8 +188,8 @@ def checksum(storage: Storage, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _reopen(source: str, digest: str) -> Index:
-    index = Index.open(source)
+def _reopen(source: str, digest: str, cache: CacheSettings | None) -> Index:
+    index = Index.open(source, cache)
     if index.digest != digest:
         raise UserError("the index changed while it was in use", where=source, remedy="Start the run again.")
     return index

@@ -8,6 +8,7 @@ from itertools import count
 import numpy as np
 
 from mf_scale.config.schema import Config, DataConfig, SourceConfig
+from mf_scale.data.cache import cache_settings
 from mf_scale.data.index import KINDS, Index
 from mf_scale.data.order import SampleOrder, Stream, block_bounds
 from mf_scale.data.repeat import repeat_factors
@@ -32,7 +33,8 @@ def open_training(data: DataConfig) -> tuple[Index, ...]:
 
     Raises UserError where one is named twice, labels otherwise than the first, or cannot serve the task.
     """
-    indexes = tuple(Index.open(source.index) for source in training_sources(data))
+    cache = cache_settings(data)
+    indexes = tuple(Index.open(source.index, cache) for source in training_sources(data))
     first = indexes[0]
     seen: dict[str, str] = {}
     for index in indexes:
@@ -53,6 +55,15 @@ def open_training(data: DataConfig) -> tuple[Index, ...]:
                 remedy="Pack all of them with one vocabulary (--vocabulary FILE).",
             )
     return indexes
+
+
+def open_validation(data: DataConfig) -> Index | None:
+    """The validation source, where there is one; raises UserError where it cannot serve the task."""
+    if data.val is None:
+        return None
+    index = Index.open(data.val, cache_settings(data))
+    refuse_task(index, data.task)
+    return index
 
 
 def refuse_task(index: Index, task: str) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mf_scale.config.schema import Config
 from mf_scale.data.batch import NONE
+from mf_scale.data.cache import cache_settings
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.loader import EvalSample, eval_samples
 from mf_scale.data.sources import refuse_task
@@ -171,7 +172,7 @@ def _open_source(loaded: LoadedModel, split: str) -> Index:
             where=str(loaded.checkpoint),
             remedy=f"Name one: data.{split}=FOLDER.",
         )
-    index = Index.open(source)
+    index = Index.open(source, cache_settings(data))
     refuse_task(index, data.task)
     if index.vocabulary.digest != loaded.vocabulary.digest:
         raise UserError(

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mf_scale.config.schema import Config, DataConfig
+from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, plan_batch
 from mf_scale.data.index import Index, verify_shards
-from mf_scale.data.sources import open_training, refuse_task
+from mf_scale.data.sources import open_training, open_validation
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.rundir import (
@@ -47,8 +47,9 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     check_vocabulary(config, vocabulary, where=", ".join(index.source for index in sources))
     for index in sources:
         verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
-    if config.data.val:
-        _check_validation(Index.open(config.data.val), vocabulary, config.data)
+    validation = open_validation(config.data)
+    if validation is not None:
+        _check_validation(validation, vocabulary)
     _refuse_foreign(run)
     token = secrets.token_hex(8)
     notes = _lock(run, token, lock)
@@ -174,8 +175,7 @@ def _check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str)
         )
 
 
-def _check_validation(validation: Index, vocabulary: Vocabulary, data: DataConfig) -> None:
-    refuse_task(validation, data.task)
+def _check_validation(validation: Index, vocabulary: Vocabulary) -> None:
     if validation.vocabulary.digest != vocabulary.digest:
         raise UserError(
             f"the validation source has vocabulary {validation.vocabulary.name!r} "

@@ -16,7 +16,7 @@ from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan, plan_batch, plan_note
 from mf_scale.data.index import Index
-from mf_scale.data.sources import continue_order, describe_sources, open_training
+from mf_scale.data.sources import continue_order, describe_sources, open_training, open_validation
 from mf_scale.distributed import comm
 from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World
@@ -134,7 +134,7 @@ def open_session(
         if checkpoint is not None:
             comm.together(lambda: _read_tensors(engine, ema, checkpoint, world))
         settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(vocabulary.to_dict(), indent=1)}
-        validation = comm.together(lambda: Index.open(config.data.val) if config.data.val else None)
+        validation = comm.together(lambda: open_validation(config.data))
         notes += comm.on_first_rank(lambda: settle(run, settings, [Path(folder) for folder in found["damaged"]]))
         yield Session(
             config=config,

@@ -162,3 +162,16 @@ def test_sections_are_dataclasses_all_the_way() -> None:
         for f in fields(Config)
         if f.name not in ("run_dir", "seed", "deepspeed")
     )
+
+
+def test_sources_repeats_and_cache_are_checked() -> None:
+    said = message("data.train=a", "data.sources=[{index: b}, {index: '', weight: 0}]", "data.repeat_threshold=2")
+    for part in ("put all of them into data.sources", "sources[1].index is empty", "sources[1].weight = 0", "= 2 is a"):
+        assert part in said
+    assert "does nothing without data.cache_dir" in message("data.cache_gib=2")
+    assert "must be above 0" in message("data.cache_dir=/x", "data.cache_gib=0")
+    signed = message("data.sources=[{index: 's3://b/x?X-Amz-Signature=hunter2'}]")
+    assert "holds credentials or a query" in signed and "hunter2" not in signed
+    with_password = message("data.train=https://me:hunter2@host/x")
+    assert "holds a password in its url" in with_password and "hunter2" not in with_password
+    assert "'pipe:' are not read" in message("data.val=pipe:cat x")
