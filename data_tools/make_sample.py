@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from data_tools.formats.shapes import draw
+
 LICENCES = (4, 5, 7)
 SHORT_SIDE = 320
 QUALITY = 85
@@ -87,10 +89,9 @@ def reduce_object(annotation: Json, picture: Picture) -> Json | None:
     if isinstance(shape, list):
         scale = np.array([picture.size[1] / width, picture.size[0] / height])
         shape = [(np.reshape(p, (-1, 2)) * scale).round(2).ravel().tolist() for p in shape]
-        mask = rle.decode(rle.merge(rle.frPyObjects(shape, *picture.size)))
+        mask = draw(shape, picture.size)
     else:
-        packed = rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
-        mask = resize_nearest(rle.decode(packed), picture.size)
+        mask = resize_nearest(draw(shape, (height, width)).astype(np.uint8), picture.size)
         packed = rle.encode(np.asfortranarray(mask))
         shape = {"size": list(picture.size), "counts": packed["counts"].decode("ascii")}
     if not mask.any():

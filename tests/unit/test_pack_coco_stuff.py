@@ -15,6 +15,7 @@ from mf_scale.data.index import Index
 SOURCE = Path(__file__).parents[2] / "data_tools" / "sample" / "coco_stuff"
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
 def test_coco_stuff_lays_things_over_stuff_and_overlaps_on_layers(tmp_path):
     rle = pytest.importorskip("pycocotools.mask", reason="COCO-Stuff is read with pycocotools")
     assert main(["pack", "coco_stuff", str(SOURCE), str(tmp_path / "out"), "--split", "val", "--workers", "1"]) == 0
