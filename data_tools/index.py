@@ -1,153 +1,137 @@
-"""Index: read finished shards once and write `samples.arrow`, then `index.json`. The packer and `index` share it."""
+"""Index: what was scanned of all shards -> `samples.arrow`, then `index.json`. The packer and `index` share it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from data_tools.files import file_checksum, partial_path, publish, write_json
+from data_tools.histogram import Histogram, IdReport, judge_ids
+from data_tools.parallel import each, tick
 from data_tools.problems import Problems
+from data_tools.scan import ShardScan, scan_shard
+from mf_scale.data.decode import LABEL_VALUES
 from mf_scale.data.ids import LabelMember
-from mf_scale.data.index import COLUMNS, FORMAT, HEAD, SCHEMA, VERSION, Shard, head_digest
-from mf_scale.data.samples import BadSample, RawSample, assemble, safe_member
-from mf_scale.data.storage import plain_name
+from mf_scale.data.index import COLUMNS, FORMAT, HEAD, SCHEMA, VERSION, head_digest
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
-CHUNK = 8 << 20
-"""Bytes read at once for a checksum."""
-META = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset's reader leaves out."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
-class ShardScan:
-    """What the index needs to know of one shard."""
+class Meaning:
+    """What the head of an index says of all its samples, beside the vocabulary."""
 
-    shard: Shard
-    rows: list[dict[str, Any]]
-    """Columns of each sample but its shard number."""
-
-
-def scan_shard(path: Path, num_classes: int) -> ShardScan:
-    """Read a shard; UserError with all that is wrong in it: keys standing apart, double or missing members, labels."""
-    problems = Problems()
-    rows: dict[str, dict[str, Any]] = {}
-    incomplete: dict[str, str] = {}
-    apart: set[str] = set()
-    try:
-        for key, start, end, members in tar_samples(path):
-            if key in rows or key in incomplete:
-                apart.add(key)
-                continue
-            try:
-                rows[key] = _row(assemble(key, members), start, end, num_classes)
-            except BadSample as bad:
-                incomplete[key] = str(bad)
-    except (tarfile.TarError, EOFError, BadSample) as error:
-        problems.add("tar that cannot be read", f"{type(error).__name__} {error}")
-    for key in sorted(apart):
-        problems.add("keys whose members stand apart", key)
-    for key in incomplete.keys() - apart:
-        problems.add("samples that are incomplete or wrong", f"{key}: {incomplete[key]}")
-    if not rows and not problems:
-        problems.add("tar without a sample", path.name)
-    problems.refuse("this shard cannot be indexed", where=str(path), remedy="Repair it or take it out of the folder.")
-    return ShardScan(
-        Shard(plain_name(path.name), path.stat().st_size, file_checksum(path), len(rows)), list(rows.values())
-    )
+    crowd: str
+    unlabelled: str
+    """What crowd and unlabelled pixels become in training: TREATMENTS."""
+    kind: str = "panoptic"
+    """One of KINDS."""
+    labels: LabelMember | None = None
+    """Of samples made elsewhere."""
 
 
-def tar_samples(path: Path) -> Iterator[tuple[str, int, int, dict[str, bytes]]]:
-    """(key, first byte, byte behind the last, members by suffix) of each run of members with one key.
-
-    Image bytes are left out (empty): an index does not need them. Raises tarfile.TarError and BadSample.
-    """
-    from webdataset.tariterators import base_plus_ext
-
-    with tarfile.open(path, "r:") as tar:
-        current: tuple[str, int, dict[str, bytes]] | None = None
-        end = 0
-        for member in tar:
-            key, suffix = base_plus_ext(safe_member(member.name))
-            if not member.isreg() or key is None or META.match(member.name):
-                continue
-            if current and current[0] != key:
-                yield current[0], current[1], end, current[2]
-                current = None
-            current = current or (key, member.offset, {})
-            if suffix.lower() in current[2]:
-                raise BadSample(f"member {member.name} stands twice")
-            current[2][suffix.lower()] = _content(tar, member) if suffix.lower() == "json" else b""
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if end > path.stat().st_size:
-                raise tarfile.ReadError(f"it ends inside {member.name}")
-        if current:
-            yield current[0], current[1], end, current[2]
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    num_classes: int
+    labels: LabelMember | None
+    table: np.ndarray | None
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    return stream.read() if stream else b""
-
-
-def _row(raw: RawSample, start: int, end: int, num_classes: int) -> dict[str, Any]:
-    try:
-        labels = [int(s["label"]) for s in raw.meta["segments"]]
-        height, width = int(raw.meta["height"]), int(raw.meta["width"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSample(f"its json lacks a field or has a wrong one: {type(error).__name__} {error}") from error
-    wrong = [label for label in labels if not 0 <= label < num_classes]
-    if wrong:
-        raise BadSample(f"label {wrong[0]} is outside the vocabulary of {num_classes} classes")
-    return {
-        "key": raw.key,
-        "offset": start,
-        "size": end - start,
-        "height": height,
-        "width": width,
-        "class_ids": sorted(set(labels)),
-        "segments": len(labels),
-    }
-
-
-def write_index(
+def index_source(
     folder: Path,
     vocabulary: Vocabulary,
-    scans: Iterable[ShardScan],
+    meaning: Meaning,
     *,
-    crowd: str,
-    unlabelled: str,
-    kind: str,
-    labels: LabelMember | None = None,
-) -> dict[str, Any]:
-    """Write the columns, then the head, each under another name first; returns the head."""
-    scans = list(scans)
-    _refuse_double_keys(scans, folder)
-    rows = [{"shard": number, **row} for number, scan in enumerate(scans) for row in scan.rows]
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    accept: bool = False,
+    workers: int = 1,
+    progress: Callable[..., Any],
+) -> tuple[dict[str, Any], IdReport | None]:
+    """Index all tars of a folder, in the order of their names; the head, and with `labels` what their values mean.
+
+    Raises UserError with everything that is wrong in the shards, and where values were not declared or look declared
+    wrongly (`accept` lets the latter pass).
+    """
+    paths, labels = _shards(folder), meaning.labels
+    table = None if labels is None else labels.ids.table(vocabulary, LABEL_VALUES)
+    jobs = [_Job(path, len(vocabulary), labels, table) for path in paths]
+    scans: list[ShardScan] = []
+    problems = Problems()
+    with (
+        progress(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True) as bar,
+        closing(each(_scan, jobs, workers=workers, bar=bar)) as results,
+    ):
+        for result in results:
+            if isinstance(result, ShardScan):
+                scans.append(result)
+            else:
+                problems.take(result)
+    problems.refuse("the source cannot be indexed", where=str(folder), remedy="Repair these or take them out.")
+    report = None
+
+    if labels is not None:
+        histogram = Histogram()
+        for scan in scans:
+            histogram.merge(scan.values)
+        report = judge_ids(histogram, labels.ids, vocabulary, total=histogram.read, accept=accept)
+    return write_index(folder, vocabulary, scans, meaning), report
+
+
+def _scan(job: _Job) -> ShardScan | Problems:
+    return scan_shard(job.path, job.num_classes, job.labels, job.table, told=tick)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The tars of a folder by name; UserError where there are none, or compressed ones."""
+    paths = sorted(folder.iterdir())
+    compressed = [path.name for path in paths if path.name.endswith(COMPRESSED)]
+    if compressed:
+        raise UserError(
+            f"{len(compressed)} shards are compressed ({', '.join(compressed[:3])}): a compressed tar has no bytes to "
+            "point at",
+            where=str(folder),
+            remedy="Unpack them into .tar (gunzip, unzstd, …); images in them are compressed already.",
+        )
+    shards = [path for path in paths if path.suffix == ".tar"]
+    if not shards:
+        raise UserError("there is no .tar in this folder", where=str(folder), remedy="Give the folder of the shards.")
+    return shards
+
+
+def write_index(folder: Path, vocabulary: Vocabulary, scans: Sequence[ShardScan], meaning: Meaning) -> dict[str, Any]:
+    """Write the columns, then the head, each under another name first; returns the head.
+
+    Raises UserError where a key stands in two shards.
+    """
+    counts = [scan.rows.num_rows for scan in scans]
+    number = pa.array(np.repeat(np.arange(len(scans), dtype=np.int32), counts))
+    rows = pa.concat_tables([scan.rows for scan in scans])
+    table = pa.table([number, *rows.columns], schema=SCHEMA).combine_chunks()
+    _refuse_double_keys(table, scans, folder)
     columns = folder / COLUMNS
-    partial = columns.with_name(COLUMNS + ".partial")
+    partial = partial_path(columns)
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(table.combine_chunks())
+        writer.write_table(table)
+    size, sha256 = partial.stat().st_size, file_checksum(partial)
     publish(partial, columns)
     head: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "samples": len(rows),
-        "crowd": crowd,
-        "unlabelled": unlabelled,
-        "kind": kind,
-        "labels": labels.to_dict() if labels else None,
-        "columns": {"name": COLUMNS, "size": columns.stat().st_size, "sha256": file_checksum(columns)},
+        "samples": table.num_rows,
+        "crowd": meaning.crowd,
+        "unlabelled": meaning.unlabelled,
+        "kind": meaning.kind,
+        "labels": meaning.labels.to_dict() if meaning.labels else None,
+        "columns": {"name": COLUMNS, "size": size, "sha256": sha256},
         "shards": [asdict(scan.shard) for scan in scans],
         "vocabulary": vocabulary.to_dict(),
     }
@@ -156,46 +140,13 @@ def write_index(
     return head
 
 
-def index_source(
-    folder: Path, vocabulary: Vocabulary, *, crowd: str, unlabelled: str, kind: str = "panoptic", progress: Any
-) -> dict[str, Any]:
-    """Index all tars of a folder, in the order of their names; `progress` wraps the list of paths."""
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError("there is no .tar in this folder", where=str(folder), remedy="Give the folder of the shards.")
-    scans = [scan_shard(path, len(vocabulary)) for path in progress(paths)]
-    return write_index(folder, vocabulary, scans, crowd=crowd, unlabelled=unlabelled, kind=kind)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a finished file its name, after its bytes have reached the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    publish(partial, path)
-
-
-def file_checksum(path: Path) -> str:
-    """sha256 of a local file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _refuse_double_keys(scans: list[ShardScan], folder: Path) -> None:
+def _refuse_double_keys(table: pa.Table, scans: Sequence[ShardScan], folder: Path) -> None:
+    keys = table["key"]
+    if pc.count_distinct(keys).as_py() == table.num_rows:
+        return
     problems = Problems()
-    shard_of: dict[str, str] = {}
-    for scan in scans:
-        for row in scan.rows:
-            if row["key"] in shard_of:
-                problems.add("keys in two shards", f"{row['key']} in {shard_of[row['key']]} and {scan.shard.name}")
-            shard_of[row["key"]] = scan.shard.name
+    counted = pc.value_counts(keys)
+    for double in counted.field("values").filter(pc.greater(counted.field("counts"), 1)):
+        places = table["shard"].filter(pc.equal(keys, double)).to_pylist()
+        problems.add("keys in two shards", f"{double} in {' and '.join(scans[i].shard.name for i in places)}")
     problems.refuse("the source cannot be indexed", where=str(folder), remedy="A key must be unique in a source.")

@@ -1,22 +1,18 @@
 """Pack: a dataset in some format -> shards and their index, in a seeded order.
 
-The same input and arguments give the same bytes. Shards and index appear under their names only when they are
-whole, the index last; so a pack that was killed is never taken for a finished one, and running it again
-keeps the shards that were finished.
+The same input and arguments give the same bytes, whatever the number of processes, parts and hosts. Shards and index
+appear under their names only when they are whole, the index last; so a pack that was killed is never taken for a
+finished one, and running it again keeps the shards that were finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,20 +20,24 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.encode import encode_sample
-from data_tools.index import ShardScan, publish, scan_shard, write_index, write_json
+from data_tools.files import sweep_partials, write_json
+from data_tools.index import Meaning, write_index
+from data_tools.parallel import each
 from data_tools.problems import Problems, disk_faults
-from data_tools.record import Annotation, BadRecord, FormatSource, Record
-from mf_scale.data.index import COLUMNS, HEAD
+from data_tools.record import FormatSource, Record
+from data_tools.scan import ShardScan
+from data_tools.shards import ShardJob, pack_shard
+from data_tools.sidecar import load_rows, sidecar_path
+from mf_scale.data.index import COLUMNS, HEAD, VERSION
 from mf_scale.errors import UserError
 
 PLAN = "pack.json"
 MIB = 1 << 20
 OVERHEAD = 8192
 """Bytes a sample takes beside its image, roughly: map, json, tar headers."""
-SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar")
-_stop: Any = None
-"""In a pool's process: shared with its parent, not 0 where the pack ended early."""
+SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar(\.rows)?")
+LOOKING = 16
+"""Threads that ask for the sizes of images: on a parallel file system each question waits."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """One shard to write."""
-
-    path: Path
-    records: list[Record]
-    annotate: Callable[[Record], Annotation]
-    num_classes: int
-
-
-@dataclass(frozen=True)
 class Packing:
     """The shards a pack consists of, and what identifies it."""
 
@@ -71,24 +61,45 @@ class Packing:
     source: FormatSource
     options: PackOptions
     jobs: list[ShardJob]
+    image_bytes: int
     plan: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A finished pack."""
+
+    head: dict[str, Any]
+    notes: dict[str, int]
+    """What the annotations had worth telling, by kind."""
 
 
 def plan_pack(source: FormatSource, folder: Path, options: PackOptions) -> Packing:
     """Order the samples by the seed and cut them into shards; writes nothing."""
     if not source.records:
         raise UserError(f"split {options.split!r} has no annotated image", remedy="Check --split.")
+    if not re.fullmatch(r"\w[\w.-]*", options.split, re.ASCII):
+        raise UserError(
+            f"shards cannot be named after split {options.split!r}", remedy="Use letters, digits, '_', '-' and '.'."
+        )
     by_key = sorted(source.records, key=lambda record: record.key)
+    with ThreadPoolExecutor(LOOKING) as threads:
+        sizes = list(threads.map(lambda record: record.image.stat().st_size, by_key))
     order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(by_key))
-    groups = list(_groups([by_key[i] for i in order], options.shard_size))
+    groups = list(_groups(((by_key[i], sizes[i]) for i in order), options.shard_size))
     jobs = [
         ShardJob(folder / f"{options.split}-{number:06d}.tar", group, source.annotate, len(source.vocabulary))
         for number, group in enumerate(groups)
     ]
-    files = [[r.image.name, r.image.stat().st_size] for r in by_key]
-    identity = {"options": asdict(options), "annotations": source.fingerprint, "vocabulary": source.vocabulary.digest}
-    text = json.dumps([identity, files], sort_keys=True)
-    return Packing(folder, source, options, jobs, {**identity, "plan": hashlib.sha256(text.encode()).hexdigest()})
+    files = [[record.image.name, size] for record, size in zip(by_key, sizes, strict=True)]
+    identity = {
+        "version": VERSION,
+        "options": asdict(options),
+        "annotations": source.fingerprint,
+        "vocabulary": _digest(source.vocabulary.to_dict()),
+    }
+    plan = {**identity, "plan": _digest([identity, files])}
+    return Packing(folder, source, options, jobs, sum(sizes), plan)
 
 
 def is_finished(packing: Packing, *, overwrite: bool) -> bool:
@@ -100,123 +111,117 @@ def is_finished(packing: Packing, *, overwrite: bool) -> bool:
     if overwrite:
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(p.name for p in folder.iterdir())
-    if not found:
+    found = {path.name for path in folder.iterdir()}
+    if all(name.startswith(PLAN) and name != PLAN for name in found):  # nothing, or parts that start at this moment
         write_json(folder / PLAN, packing.plan)
+    _check_plan(packing, found)
+    if HEAD in found and any(job.path.name not in found for job in packing.jobs):
+        (folder / HEAD).unlink(missing_ok=True)  # a shard was removed since: it is packed again
         return False
-    try:
-        same = json.loads((folder / PLAN).read_text(encoding="utf-8")) == packing.plan
-    except (FileNotFoundError, ValueError):
-        same = False
-    if not same:
-        raise UserError(
-            "the folder holds something else than this pack, or one with other arguments or input: "
-            f"{', '.join(found[:4])}{', …' if len(found) > 4 else ''}",
-            where=str(folder),
-            remedy="Pack into another folder, or add --overwrite to replace shards and index here.",
-        )
     return HEAD in found
 
 
-def run_pack(packing: Packing, *, workers: int, progress: Callable[..., Any]) -> dict[str, Any]:
-    """Write the missing shards with `workers` processes and then the index; returns its head.
+def run_pack(
+    packing: Packing, *, workers: int, progress: Callable[..., Any], part: tuple[int, int] = (0, 1)
+) -> Packed | None:
+    """Write the missing shards of part i of n with `workers` processes, and the index where all parts have theirs.
 
-    Raises UserError with everything that was wrong in the samples; no index is written then.
+    None where other parts are not done yet. Raises UserError with everything that was wrong in the samples; no index
+    is written then.
     """
+    with disk_faults(packing.folder):
+        sweep_partials(packing.folder, finished=False)
+        mine = packing.jobs[part[0] :: part[1]]
+        missing = [job for job in mine if load_rows(job.path) is None]
+    total, left = (sum(len(job.records) for job in jobs) for jobs in (mine, missing))
     problems = Problems()
-    scans: list[ShardScan] = []
     with (
-        progress(total=sum(len(job.records) for job in packing.jobs), unit="sample") as bar,
-        closing(_each_shard(packing.jobs, workers)) as shards,
+        progress(total=total, initial=total - left, unit="sample") as bar,
+        closing(each(pack_shard, missing, workers=workers, bar=bar)) as results,
     ):
-        for job, (scan, found) in zip(packing.jobs, shards, strict=True):
-            for kind, key in found:
-                problems.add(kind, key)
-            scans += [scan] if scan else []
-            bar.update(len(job.records))
+        for result in results:
+            if isinstance(result, Problems):
+                problems.take(result)
+    again = "into another folder" if part[1] > 1 else "again with --overwrite"
     problems.refuse(
         f"{len(problems)} samples cannot be packed",
         where=packing.options.split,
-        remedy="Repair them or take them out of the lists, and pack again with --overwrite.",
+        remedy=f"Repair them or take them out of the lists, and pack {again}.",
     )
     with disk_faults(packing.folder):
-        for left in packing.folder.glob("*.partial"):  # of processes that were killed
-            left.unlink()
-        return write_index(
-            packing.folder,
-            packing.source.vocabulary,
-            scans,
-            crowd=packing.options.crowd,
-            unlabelled=packing.options.unlabelled,
-            kind=packing.source.kind,
+        return finish_pack(packing)
+
+
+def missing_shards(packing: Packing) -> list[int]:
+    """Numbers of the shards that are not there yet."""
+    found = {path.name for path in packing.folder.iterdir()}
+    return [number for number, job in enumerate(packing.jobs) if job.path.name not in found]
+
+
+def finish_pack(packing: Packing) -> Packed | None:
+    """Write the index from the sidecars and remove these; None where a shard is missing.
+
+    Two parts that finish at once both write it, the same bytes.
+    """
+    if missing_shards(packing):
+        return None
+    folder = packing.folder
+    _check_plan(packing, {PLAN})
+    notes: Counter[str] = Counter()
+    scans: list[ShardScan] = []
+    for job in packing.jobs:
+        scan = load_rows(job.path)
+        if scan is None and (folder / HEAD).exists():  # another part was faster and has removed them
+            _tidy(packing)
+            return Packed(json.loads((folder / HEAD).read_text(encoding="utf-8")), {})
+        found = scan or pack_shard(job)
+        if isinstance(found, Problems):
+            raise found.error("the images changed since the pack began", where=str(folder), remedy="Pack again.")
+        scans.append(found)
+        notes.update(found.notes)
+    meaning = Meaning(packing.options.crowd, packing.options.unlabelled, packing.source.kind)
+    head = write_index(folder, packing.source.vocabulary, scans, meaning)
+    _tidy(packing)
+    return Packed(head, dict(notes))
+
+
+def _tidy(packing: Packing) -> None:
+    """Remove what only an unfinished pack needs. Each part does so, since it may have written after another did."""
+    for job in packing.jobs:
+        sidecar_path(job.path).unlink(missing_ok=True)
+    sweep_partials(packing.folder, finished=True)
+
+
+def _check_plan(packing: Packing, found: set[str]) -> None:
+    """UserError where the folder is that of another pack."""
+    try:
+        same = json.loads((packing.folder / PLAN).read_text(encoding="utf-8")) == packing.plan
+    except (FileNotFoundError, ValueError):
+        same = False
+    if not same:
+        names = sorted(found)
+        raise UserError(
+            "the folder holds something else than this pack, or one with other arguments or input: "
+            f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}",
+            where=str(packing.folder),
+            remedy="Pack into another folder, or add --overwrite to replace shards and index here.",
         )
 
 
-def pack_shard(job: ShardJob) -> tuple[ShardScan | None, list[tuple[str, str]]]:
-    """Write one shard if it is not there; what the index needs of it, or the faults (kind, key) of its samples."""
-    from webdataset.writer import TarWriter
-
-    if not job.path.exists():
-        partial = job.path.with_name(f"{job.path.name}.{os.getpid()}.partial")
-        faults: list[tuple[str, str]] = []
-        with disk_faults(job.path.parent):
-            with partial.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
-                for record in job.records:
-                    if _stop is not None and _stop.value:
-                        raise KeyboardInterrupt
-                    try:
-                        sample = encode_sample(record, job.annotate(record))
-                    except BadRecord as bad:
-                        faults.append((str(bad), record.key))
-                        continue
-                    if not faults:
-                        writer.write(sample)
-            if faults:
-                partial.unlink()
-                return None, faults
-            publish(partial, job.path)
-    return scan_shard(job.path, job.num_classes), []
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _each_shard(
-    jobs: list[ShardJob], workers: int
-) -> Generator[tuple[ShardScan | None, list[tuple[str, str]]], None, None]:
-    """`pack_shard` of each job, in order; where this ends early, the processes stop at their next sample."""
-    if workers <= 1 or len(jobs) == 1:
-        yield from map(pack_shard, jobs)
-        return
-    stop = multiprocessing.RawValue("b", 0)
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_enter, initargs=(os.getpid(), stop)) as pool:
-        try:
-            yield from pool.map(pack_shard, jobs)
-        finally:
-            stop.value = 1
-
-
-def _enter(parent: int, stop: Any) -> None:
-    """Set up a pool's process: Ctrl-C is its parent's to hear, and it ends soon after its parent was killed."""
-    global _stop  # noqa: PLW0603 - a pool hands its processes nothing else
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _groups(records: Iterable[Record], shard_size: str) -> Iterator[list[Record]]:
+def _groups(records: Iterable[tuple[Record, int]], shard_size: str) -> Iterator[list[Record]]:
     found = re.fullmatch(r"([1-9]\d*)(MiB)?", shard_size)
     if not found:
         raise UserError(f"shard size {shard_size!r} is not understood", remedy="Give samples (1000) or MiB (256MiB).")
     count, limit = (0, int(found[1]) * MIB) if found[2] else (int(found[1]), 0)
     group: list[Record] = []
     size = 0
-    for record in records:
+    for record, image_bytes in records:
         group.append(record)
-        size += record.image.stat().st_size + OVERHEAD
+        size += image_bytes + OVERHEAD
         if len(group) == count or (limit and size >= limit):
             yield group
             group, size = [], 0

@@ -23,6 +23,11 @@ class Problems:
     def add(self, kind: str, name: str) -> None:
         self.found[kind].append(name)
 
+    def take(self, other: Problems) -> None:
+        """Those of a part of the work."""
+        for kind, names in other.found.items():
+            self.found[kind] += names
+
     def __len__(self) -> int:
         return sum(map(len, self.found.values()))
 
@@ -33,10 +38,14 @@ class Problems:
             for kind, names in self.found.items()
         ]
 
+    def error(self, what: str, *, where: str, remedy: str) -> UserError:
+        """All findings in one paragraph."""
+        return UserError(f"{what}: {'; '.join(self.lines())}", where=where, remedy=remedy)
+
     def refuse(self, what: str, *, where: str, remedy: str) -> None:
-        """Raise UserError with all findings, if there are any."""
+        """Raise the error, if anything was found."""
         if self.found:
-            raise UserError(f"{what}: {'; '.join(self.lines())}", where=where, remedy=remedy)
+            raise self.error(what, where=where, remedy=remedy)
 
 
 class disk_faults:  # noqa: N801 - used as a context manager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Annotation:
     segments: list[RecordSegment]
     federated: dict[str, list[int]] | None = None
     """Where only some classes were looked for (LVIS): labels verified `negative`, and `not_exhaustive` ones."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Worth telling, counted by kind: shapes without a pixel, objects outside the vocabulary, …"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class FormatSource:
     """What the values of its label maps mean; none where the format lists its segments."""
     values: Callable[[Record], np.ndarray] | None = None
     """Values of a record's label map as stored, integer [H,W], for the check of ids; a plain function. With `ids`."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Worth telling of the lists, counted by kind: images without annotation, …"""
 
 
 def fingerprint(contents: Iterable[Path], sizes: Iterable[Path] = ()) -> str:

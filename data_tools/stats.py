@@ -1,55 +1,134 @@
-"""Stats: images, segments and pixels of each class of a packed source."""
+"""Stats: how often each class of a packed source occurs, how many segments its images have, how large they are."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from data_tools.source import decoded_samples
-from mf_scale.data.decode import none_value
+from data_tools.parallel import each, tick
+from data_tools.source import Run, decoded_run, reader_of, sample_runs
+from mf_scale.data.decode import StoredSample, none_value
 from mf_scale.data.index import Index
 from mf_scale.data.samples import BadSample
 
+RARE, COMMON = 10, 100
+"""Images of a class up to which it is rare, and common; more is frequent (the bands of LVIS)."""
+BANDS = ("frequent", "common", "rare", "absent")
 
-def count_source(source: str, *, progress: Any) -> dict[str, Any]:
-    """Counts by class and of the whole source; `progress` wraps an iterable. Samples that do not decode are counted."""
+
+@dataclass
+class Counts:
+    """Sums over samples."""
+
+    segments: np.ndarray
+    """int64 [K], as the two below."""
+    crowd: np.ndarray
+    pixels: np.ndarray
+    bad: int = 0
+    total: int = 0
+    """Pixels."""
+    unlabelled: int = 0
+    """Pixels without a segment."""
+    ignored: int = 0
+    """Pixels outside the loss."""
+    segments_of_image: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Images of each height and width."""
+
+    @staticmethod
+    def of(classes: int) -> Counts:
+        return Counts(np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(classes, np.int64))
+
+    def add(self, sample: StoredSample) -> None:
+        """Count a sample."""
+        stored, none = sample.stored_map, none_value(sample.stored_map.dtype)
+        area = np.bincount(stored.reshape(-1), minlength=none + 2)
+        np.add.at(self.segments, sample.labels, 1)
+        np.add.at(self.crowd, sample.labels, sample.crowd)
+        np.add.at(self.pixels, sample.labels, area[: len(sample.labels)])
+        nowhere = (stored >= none).all(axis=0)
+        ignored = int((nowhere & (stored[0] > none)).sum())
+        self.ignored += ignored
+        self.unlabelled += int(nowhere.sum()) - ignored
+        self.total += stored[0].size
+        self.segments_of_image[len(sample.labels)] += 1
+        self.sizes[stored.shape[1:]] += 1
+
+    def merge(self, other: Counts) -> None:
+        """Add the sums of other samples."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def count_source(source: str, *, workers: int = 1, progress: Callable[..., Any]) -> dict[str, Any]:
+    """Counts by class and of the whole source. Samples that do not decode are counted as such."""
     index = Index.open(source)
-    classes = len(index.vocabulary)
-    segments, crowds, pixels = (np.zeros(classes, np.int64) for _ in range(3))
-    unlabelled = total = bad = 0
-    for _, sample in progress(decoded_samples(index), total=index.samples, unit="sample"):
+    jobs = [(source, index.digest, run) for run in sample_runs(index)]
+    counts = Counts.of(len(index.vocabulary))
+    with (
+        progress(total=index.samples, unit="sample") as bar,
+        closing(each(_count_run, jobs, workers=workers, bar=bar)) as results,
+    ):
+        for part in results:
+            counts.merge(part)
+    rows = _class_rows(index, counts)
+    bands = Counter(row["frequency"] for row in rows)
+    return {
+        "source": index.source,
+        "digest": index.digest,
+        "vocabulary": index.vocabulary.name,
+        "kind": index.kind,
+        "shards": len(index.shards),
+        "bytes": sum(shard.size for shard in index.shards),
+        "samples": index.samples,
+        "bad_samples": counts.bad,
+        "pixels": counts.total,
+        "unlabelled_pixels": counts.unlabelled,
+        "ignored_pixels": counts.ignored,
+        "bands": {band: bands[band] for band in BANDS},
+        "segments_per_image": {str(n): counts.segments_of_image[n] for n in sorted(counts.segments_of_image)},
+        "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in counts.sizes.most_common()],
+        "classes": rows,
+    }
+
+
+def band_of(images: int) -> str:
+    """Frequency band of a class with so many images."""
+    return "absent" if images == 0 else "rare" if images <= RARE else "common" if images <= COMMON else "frequent"
+
+
+def _count_run(job: tuple[str, str, Run]) -> Counts:
+    reader = reader_of(*job[:2])
+    counts = Counts.of(len(reader.index.vocabulary))
+    for _, sample in decoded_run(reader, job[2]):
+        tick()
         if isinstance(sample, BadSample):
-            bad += 1
-            continue
-        none = none_value(sample.stored_map.dtype)
-        area = np.bincount(sample.stored_map.reshape(-1), minlength=none + 2)
-        np.add.at(segments, sample.labels, 1)
-        np.add.at(crowds, sample.labels, sample.crowd)
-        np.add.at(pixels, sample.labels, area[: len(sample.labels)])
-        unlabelled += int((sample.stored_map >= none).all(axis=0).sum())
-        total += sample.image.shape[0] * sample.image.shape[1]
-    images = index.class_counts()
-    rows = [
+            counts.bad += 1
+        else:
+            counts.add(sample)
+    return counts
+
+
+def _class_rows(index: Index, counts: Counts) -> list[dict[str, Any]]:
+    return [
         {
             "name": info.name,
             "thing": info.thing,
-            "images": int(images[i]),
-            "segments": int(segments[i]),
-            "crowd": int(crowds[i]),
-            "pixels": int(pixels[i]),
+            "frequency": band_of(images) if info.frequency is None or not images else info.frequency,
+            "images": images,
+            "segments": int(counts.segments[label]),
+            "crowd": int(counts.crowd[label]),
+            "pixels": int(counts.pixels[label]),
         }
-        for i, info in enumerate(index.vocabulary.classes)
+        for label, (info, images) in enumerate(
+            zip(index.vocabulary.classes, index.class_counts().tolist(), strict=True)
+        )
     ]
-    return {
-        "source": index.source,
-        "samples": index.samples,
-        "bad_samples": bad,
-        "shards": len(index.shards),
-        "pixels": total,
-        "unlabelled_pixels": unlabelled,
-        "classes": rows,
-    }
 
 
 def format_table(counts: dict[str, Any]) -> str:
@@ -57,14 +136,16 @@ def format_table(counts: dict[str, Any]) -> str:
     share = 100.0 / max(counts["pixels"], 1)
     lines = [
         f"{counts['source']}: {counts['samples']} samples ({counts['bad_samples']} do not decode) in "
-        f"{counts['shards']} shards, {counts['unlabelled_pixels'] * share:.1f} % of pixels without a segment",
-        f"{'class':28} {'kind':6} {'images':>8} {'segments':>9} {'crowd':>6} {'pixels %':>9}",
+        f"{counts['shards']} shards, {counts['unlabelled_pixels'] * share:.1f} % of pixels without a segment, "
+        f"{counts['ignored_pixels'] * share:.1f} % ignored",
+        "classes: " + ", ".join(f"{number} {band}" for band, number in counts["bands"].items()),
+        f"{'class':28} {'kind':6} {'band':8} {'images':>8} {'segments':>9} {'crowd':>6} {'pixels %':>9}",
     ]
     present = [row for row in counts["classes"] if row["images"]]
     for row in sorted(present, key=lambda row: (-row["images"], row["name"])):
         kind, percent = "thing" if row["thing"] else "stuff", row["pixels"] * share
         numbers = f"{row['images']:8} {row['segments']:9} {row['crowd']:6} {percent:9.2f}"
-        lines.append(f"{row['name']:28} {kind:6} {numbers}")
+        lines.append(f"{row['name']:28} {kind:6} {row['frequency']:8} {numbers}")
     absent = [row["name"] for row in counts["classes"] if not row["images"]]
     if absent:
         lines.append(f"no image of {len(absent)} classes: {', '.join(absent)}")

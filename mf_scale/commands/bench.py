@@ -15,6 +15,7 @@ def add(commands: Any) -> None:
     parts = parts.add_subparsers(metavar="PART", required=True)
     _add_loss(parts)
     _add_save(parts)
+    _add_data(parts)
 
 
 def _add_loss(parts: Any) -> None:
@@ -49,6 +50,20 @@ def _add_save(parts: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
+def _add_data(parts: Any) -> None:
+    command = add_command(parts, "data", "bytes to training samples on one core, and raw samples from tars", _run_data)
+    command.add_argument("--source", metavar="DIR", help="packed source to measure on (default: made images)")
+    _add_counts(
+        command,
+        ("images", 200, "images that go through in a round"),
+        ("repeats", 5, "rounds, alternating between the ways, after one that warms up"),
+    )
+    command.add_argument(
+        "--crop", type=count, nargs="+", default=[512, 640], metavar="N", help="crops to measure (default: 512 640)"
+    )
+    command.add_argument("--json", metavar="FILE", help="write all numbers there")
+
+
 def _add_counts(command: argparse.ArgumentParser, *arguments: tuple[str, int, str]) -> None:
     for name, default, text in arguments:
         command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
@@ -71,4 +86,12 @@ def _run_save(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.bench.save import bench_save
 
     print(bench_save(options.millions, repeats=options.repeats, folder=options.folder, json_file=options.json))
+    return 0
+
+
+def _run_data(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.bench.data import bench_data
+
+    counts = {"images": options.images, "crops": options.crop, "repeats": options.repeats}
+    print(bench_data(options.source, **counts, json_file=options.json))
     return 0

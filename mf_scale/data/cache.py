@@ -1,10 +1,11 @@
-"""Cache: the storage of a remote source that keeps pieces of its shards in a local folder."""
+"""Cache: the storage of a source that keeps pieces of its shards in a local folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mf_scale.config.schema import DataConfig
@@ -90,9 +91,18 @@ def cache_settings(data: DataConfig) -> CacheSettings | None:
 
 
 def open_storage(source: str, cache: CacheSettings | None, shards: Mapping[str, Content]) -> Storage:
-    """The storage of a source: through the cache where there is one and the source is remote."""
+    """The storage of a source: through the cache where there is one and the source does not lie on its disk."""
     storage = Storage(source)
-    return CachedStorage(source, cache, shards) if cache and storage.scheme else storage
+    return CachedStorage(source, cache, shards) if cache and not _on_disk_of(storage, cache) else storage
+
+
+def _on_disk_of(storage: Storage, cache: CacheSettings) -> bool:
+    """Whether a source is a folder on the file system that the cache is on, so that keeping it again gains nothing."""
+    if storage.scheme:
+        return False
+    folder = Path(cache.folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return Path(storage.source).stat().st_dev == there.stat().st_dev
 
 
 def _pieces(offset: int, size: int) -> range:

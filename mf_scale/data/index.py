@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from mf_scale.data.cache import CacheSettings, Content, open_storage
 from mf_scale.data.ids import LabelMember
+from mf_scale.data.rows import check_rows
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -117,6 +118,7 @@ class Index:
             head = json.loads(storage.read_all(HEAD))
             _check_head(head, where)
             index = Index(storage.source, head, _open_table(storage, head["columns"]), cache)
+            check_rows(index.table, [s.size for s in index.shards], index.shard_samples, len(index.vocabulary))
         except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise UserError(
                 f"the index is malformed: {type(error).__name__} {error}", where=where, remedy=REMEDY
@@ -214,9 +216,16 @@ def _open_table(storage: Storage, columns: Mapping[str, Any]) -> pa.Table:
     path = storage.local_path(columns["name"])
     if storage.size(columns["name"]) != columns["size"]:
         raise ValueError(f"{columns['name']} does not have the {columns['size']} bytes that {HEAD} says")
-    data = pa.BufferReader(storage.read_all(columns["name"])) if path is None else pa.memory_map(str(path))
+    data = pa.memory_map(str(path)) if path is not None else pa.BufferReader(_fetched(storage, columns))
     # Without its thread pool: a mapped table needs none, and loader workers are forked from this process.
     table = pa.ipc.open_file(data, options=pa.ipc.IpcReadOptions(use_threads=False)).read_all()
     if table.schema != SCHEMA or table.column(0).num_chunks != 1:
         raise ValueError(f"{columns['name']} has other columns than an index has")
     return table
+
+
+def _fetched(storage: Storage, columns: Mapping[str, Any]) -> bytes:
+    data = storage.read_all(columns["name"])
+    if hashlib.sha256(data).hexdigest() != columns["sha256"]:
+        raise ValueError(f"{columns['name']} is not the file that {HEAD} describes")
+    return data

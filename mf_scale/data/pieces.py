@@ -72,7 +72,7 @@ class PieceCache:
                     os.utime(file.fileno())  # the time of its last use, whatever the mount does with access times
                     return data
             path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
             self._note(f"cannot read its files: {error}")

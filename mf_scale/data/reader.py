@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from mf_scale.data.decode import StoredSample, decode_sample
+from mf_scale.data.decode import LABEL_VALUES, StoredSample, decode_sample
 from mf_scale.data.index import Index
 from mf_scale.data.order import block_bounds
-from mf_scale.data.samples import BadSample, parse_sample
+from mf_scale.data.samples import BadSample, RawSample, parse_sample
 from mf_scale.errors import GuardError
 
 
@@ -25,6 +25,8 @@ class SampleReader:
         self.index = index
         self.bounds = block_bounds(index.shard_samples, block_samples)
         self.budget, self.max_pixels = budget, max_pixels
+        self._table = None if index.labels is None else index.labels.ids.table(index.vocabulary, LABEL_VALUES)
+        self._keys = index.table.column("key").chunk(0)
         self._offset, self._size, self._shard = (index.column(name) for name in ("offset", "size", "shard"))
         self._buffers: dict[int, bytes] = {}
         self._block_of_lane: dict[int, int] = {}
@@ -35,7 +37,7 @@ class SampleReader:
 
         With a lane, its block is buffered; without, the sample is read singly.
         """
-        block = int(np.searchsorted(self.bounds, sample_id, side="right") - 1)
+        block = self._block(sample_id)
         first, end = int(self.bounds[block]), int(self.bounds[block + 1])
         reason = ""
         for tried in range(end - first):
@@ -57,10 +59,13 @@ class SampleReader:
         """The sample itself; BadSample where it does not decode."""
         return self.decode(sample_id, self._read(sample_id, sample_id + 1))
 
+    def members(self, sample_id: int, lane: int | None = None) -> RawSample:
+        """The sample as it lies in its shard, read as by `load`; BadSample."""
+        return self._parse(sample_id, self._bytes(sample_id, self._block(sample_id), lane))
+
     def decode(self, sample_id: int, data: bytes) -> StoredSample:
         """Bytes of a sample -> decoded sample; BadSample."""
-        key = self.index.table.column("key")[sample_id].as_py()
-        return decode_sample(parse_sample(data, key), len(self.index.vocabulary), self.max_pixels)
+        return decode_sample(self._parse(sample_id, data), len(self.index.vocabulary), self.max_pixels, self._table)
 
     def event(self, sample_id: int, reason: str, replaced_by: str) -> dict[str, Any]:
         """The quarantine of a sample, as the metrics have it."""
@@ -73,6 +78,12 @@ class SampleReader:
             "reason": reason,
             "replaced_by": replaced_by,
         }
+
+    def _parse(self, sample_id: int, data: bytes) -> RawSample:
+        return parse_sample(data, self._keys[sample_id].as_py(), self.index.labels)
+
+    def _block(self, sample_id: int) -> int:
+        return int(np.searchsorted(self.bounds, sample_id, side="right") - 1)
 
     def _bytes(self, sample_id: int, block: int, lane: int | None) -> bytes:
         if lane is None or not self._hold(block, lane):

@@ -24,6 +24,8 @@ ATTEMPTS = 9
 FIRST_WAIT = 0.25
 LONGEST_WAIT = 30.0
 """Seconds before the second try, doubled for each further one up to the longest: about a minute in all."""
+MOST_AT_ONCE = 64 << 20
+"""Bytes asked for in one go: Python makes room for them before it knows that the file has them."""
 LONGEST_SAYING = 300
 """Characters of a fault that are told: some libraries put what they received into it."""
 OPEN_FILES = 32
@@ -70,7 +72,8 @@ class Storage:
         data = bytearray()
         while len(data) < size:
             at = offset + len(data)
-            piece = self._attempt(name, f"at byte {at}", partial(self._read_some, name, at, size - len(data)))
+            wanted = min(size - len(data), MOST_AT_ONCE)
+            piece = self._attempt(name, f"at byte {at}", partial(self._read_some, name, at, wanted))
             if not piece:
                 raise UserError(
                     f"{name} ends at byte {at}, its index says it goes on",
@@ -97,12 +100,12 @@ class Storage:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _attempt(self, name: str, part: str, act: Callable[[int], Result]) -> Result:
-        """`act(failures so far)`, tried again after faults that may pass; `part` says which read of the file it is."""
+    def _attempt(self, name: str, part: str, act: Callable[[], Result]) -> Result:
+        """`act()`, tried again after faults that may pass; `part` says which read of the file it is."""
         failures = 0
         while True:
             try:
-                return act(failures)
+                return act()
             except UserError:
                 raise
             except Exception as error:  # a remote file system raises what it likes
@@ -119,7 +122,7 @@ class Storage:
             return refusal(error, self.scheme)
         return (type(error).__name__, PLACE) if isinstance(error, MISSING) else None
 
-    def _find_size(self, name: str, _: int) -> int:
+    def _find_size(self, name: str) -> int:
         if not self.scheme:
             return Path(self.source, plain_name(name)).stat().st_size
         size = self._files().size(self._url(name))
@@ -131,9 +134,9 @@ class Storage:
             )
         return size
 
-    def _read_some(self, name: str, offset: int, size: int, failures: int) -> bytes:
+    def _read_some(self, name: str, offset: int, size: int) -> bytes:
         if self.scheme:
-            return self._files().read(self._url(name), offset, size, failures)
+            return self._files().read(self._url(name), offset, size)
         return os.pread(self._descriptor(name), size, offset)
 
     def _wait(self, name: str, part: str, failures: int, error: Exception) -> None:

@@ -7,13 +7,15 @@ One numpy generator a sample, seeded by (seed, stream position), makes every dra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from mf_scale.config.schema import DataConfig
-from mf_scale.data.decode import StoredSample, none_value
+from mf_scale.data.batch import IGNORE, NONE
+from mf_scale.data.color import ColorTables, apply_color, draw_color
+from mf_scale.data.decode import StoredSample, stack_layers
 from mf_scale.data.targets import TargetRules, Targets, make_targets
 
 PAD = 128
@@ -25,8 +27,8 @@ DETR_SHORTER, DETR_LONGER = range(480, 801, 32), 1333
 """DETR's choices of the shorter side, and the longer side at most, pixels."""
 DETR_FIRST, DETR_CROP = (400, 500, 600), (384, 600)
 """DETR's choices of the shorter side before its crop, and the smallest and largest side of the crop, pixels."""
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18
-"""SSD's ranges as the paper uses them; hue in steps of OpenCV's circle of 180."""
+BAND = 64
+"""Rows of an image that go through colour, flip and the change of layout together: 16 to 128 do as well."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,10 @@ def training_sample(
         window = draw_detr_window(height, width, config.crop, generator)
     else:
         window = draw_window(height, width, config.crop, config.scale, generator)
-    flip = generator.random() < config.flip
-    image = resize_part(sample.image, window)
-    if config.color:
-        image = jitter_color(image, generator)
-    return _place(image, resize_map(sample.stored_map, window), sample, config.crop, rules, flip)
+    flip = bool(generator.random() < config.flip)
+    color = draw_color(generator) if config.color else None
+    image, stored_map = resize_part(sample.image, window), resize_map(sample.stored_map, window)
+    return _place(image, stored_map, sample, config.crop, rules, flip=flip, color=color)
 
 
 def fitted_sample(sample: StoredSample, crop: Sequence[int], rules: TargetRules) -> ModelSample:
@@ -76,9 +77,7 @@ def fitted_sample(sample: StoredSample, crop: Sequence[int], rules: TargetRules)
     height, width = sample.image.shape[:2]
     size = _scaled(height, width, min(crop[0] / height, crop[1] / width))
     window = Window(0, 0, height, width, *size)
-    return _place(
-        resize_part(sample.image, window), resize_map(sample.stored_map, window), sample, crop, rules, flip=False
-    )
+    return _place(resize_part(sample.image, window), resize_map(sample.stored_map, window), sample, crop, rules)
 
 
 def draw_window(
@@ -141,44 +140,46 @@ def resize_map(stored_map: np.ndarray, window: Window) -> np.ndarray:
     """The window of a stored map [L,H,W] at its size, by the nearest pixel centre."""
     parts = stored_map[:, window.top : window.bottom, window.left : window.right]
     size = (window.width, window.height)
-    return np.stack([cv2.resize(part, size, interpolation=cv2.INTER_NEAREST_EXACT) for part in parts])
-
-
-def jitter_color(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """SSD's colour jitter on uint8 RGB by lookup tables, with at most one round trip through HSV."""
-    applied = generator.random(4) < 0.5
-    contrast_first = generator.random() < 0.5
-    brightness = generator.uniform(-BRIGHTNESS, BRIGHTNESS) if applied[0] else 0.0
-    contrast = generator.uniform(*CONTRAST) if applied[1] else 1.0
-    saturation = generator.uniform(*SATURATION) if applied[2] else 1.0
-    hue = int(generator.integers(-HUE, HUE + 1)) if applied[3] else 0
-    level = np.arange(256, dtype=np.float32)
-    if applied[0] or (applied[1] and contrast_first):
-        brightened = np.clip(level + brightness, 0, 255)
-        image = cv2.LUT(image, _clip(brightened * contrast if contrast_first else brightened))
-    if applied[2] or applied[3]:
-        tables = np.stack([(np.arange(256) + hue) % 180, _clip(level * saturation), level], axis=-1).astype(np.uint8)
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        image = cv2.cvtColor(cv2.LUT(image, tables[None]), cv2.COLOR_HSV2RGB)
-    if applied[1] and not contrast_first:
-        image = cv2.LUT(image, _clip(level * contrast))
-    return image
-
-
-def _clip(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return stack_layers([cv2.resize(part, size, interpolation=cv2.INTER_NEAREST_EXACT) for part in parts])
 
 
 def _place(
-    image: np.ndarray, stored_map: np.ndarray, sample: StoredSample, crop: Sequence[int], rules: TargetRules, flip: bool
+    image: np.ndarray,
+    stored_map: np.ndarray,
+    sample: StoredSample,
+    crop: Sequence[int],
+    rules: TargetRules,
+    *,
+    flip: bool = False,
+    color: ColorTables | None = None,
 ) -> ModelSample:
-    """Flip, pad at the right and bottom, make targets."""
+    """Colour, flip, make targets, pad at the right and bottom: there the map is IGNORE, which layer 0 alone says."""
     if flip:
-        image, stored_map = image[:, ::-1], stored_map[:, :, ::-1]
+        stored_map = stack_layers([cv2.flip(layer, 1) for layer in stored_map])
+    targets = make_targets(stored_map, sample, rules)
+    targets = replace(targets, segment_map=_pad_map(targets.segment_map, crop))
+    return ModelSample(_finish_image(image, crop, flip, color), targets)
+
+
+def _finish_image(image: np.ndarray, crop: Sequence[int], flip: bool, color: ColorTables | None) -> np.ndarray:
+    """uint8 [h,w,3] -> [3,*crop], in bands of rows: what is done to a band finds it in the processor's cache."""
     height, width = image.shape[:2]
     canvas = np.full((3, *crop), PAD, np.uint8)
-    canvas[:, :height, :width] = image.transpose(2, 0, 1)
-    padded = np.full((len(stored_map), *crop), none_value(stored_map.dtype), stored_map.dtype)
-    padded[0] += 1  # IGNORE, which layer 0 alone says
-    padded[:, :height, :width] = stored_map
-    return ModelSample(canvas, make_targets(padded, sample, rules))
+    for top in range(0, height, BAND):
+        band = image[top : top + BAND]
+        if color is not None:
+            band = apply_color(band, color)
+        if flip:
+            band = cv2.flip(band, 1)
+        cv2.split(band, [channel[top : top + len(band), :width] for channel in canvas])
+    return canvas
+
+
+def _pad_map(segment_map: np.ndarray, crop: Sequence[int]) -> np.ndarray:
+    layers, height, width = segment_map.shape
+    if (height, width) == tuple(crop):
+        return segment_map
+    canvas = np.full((layers, *crop), NONE, np.int16)
+    canvas[0] = IGNORE
+    canvas[:, :height, :width] = segment_map
+    return canvas

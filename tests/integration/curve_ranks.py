@@ -52,6 +52,7 @@ def scenario(source: str, options: dict, world: World, device: torch.device) -> 
     model.register_parameter("used_by_nothing", nn.Parameter(torch.ones(3)))
     engine = Engine(model.to(device), build_optimizer(model, config.optimizer), config, plan, world)
     criterion = choose_criterion(config, len(index.vocabulary))
+    config.data.train = index.source
     state, _ = continue_order(config, [index], None, 0)
     stream = train_steps([index], state, config.data, rank=world.rank, world=world.size, step=0)
     losses, norms = [], []

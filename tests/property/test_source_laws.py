@@ -101,6 +101,22 @@ def test_what_changes_is_said():
     )
 
 
+def test_a_source_that_comes_back_has_not_moved_on_meanwhile():
+    steady, pausing = part("a", 7, 2), part("b", 30, 3)
+    state, _ = open_segment(None, 0, [steady, pausing], **LAW)
+    state, _ = open_segment(state, 4, [steady], **LAW)
+    state, message = open_segment(state, 40, [steady, pausing], **LAW)
+    assert message and "b (it comes back) goes on at the start of its epoch 1, and 18 samples" in message
+    assert min(taken(state, range(40, 41))["b"]) == 30
+    assert len(state.at(40).streams) == 2 and state.at(40).streams[0] == state.at(0).streams[0]
+
+
+def test_sources_of_one_size_are_shuffled_each_in_its_own_way():
+    state, _ = open_segment(None, 0, [part("a", 50, 2), part("b", 50, 2)], **LAW)
+    first, second = (SampleOrder(s, [50]).sample_ids(np.arange(50)).tolist() for s in state.at(0).streams)
+    assert first != second and sorted(first) == sorted(second)
+
+
 @FAST
 @given(st.integers(0, 15), st.integers(1, 9), st.integers(1, 9))
 def test_a_range_is_left_out_of_every_source(first, count, change):

@@ -91,11 +91,23 @@ def meta(**changes) -> dict:
         ({"meta": meta(segments=[{"label": 0, "layer": 1, "crowd": False}])}, "a layer that is not there"),
         ({"meta": meta(segments=[{"label": 0}])}, "lacks a field"),
         ({"meta": {}}, "lacks a field"),
+        ({"meta": meta(height=float("inf"))}, "lacks a field or has a wrong one: OverflowError"),
+        ({"meta": meta(segments=[{"label": 10**30, "layer": 0, "crowd": False}])}, "OverflowError"),
     ],
 )
 def test_whatever_is_wrong_is_named(change, said):
     with pytest.raises(BadSample, match=said):
         decode_sample(raw(**change), 6, 1 << 20)
+
+
+def test_a_map_of_more_segments_than_eight_bits_hold_is_checked_too():
+    many = [{"label": 0, "layer": 0, "crowd": False}] * 300
+    assert len(decode_sample(raw(meta=meta(segments=many)), 6, 1 << 20).labels) == 300
+    wide = np.full((1, 40, 56), 299, np.int32)
+    png = encode_map(stored_values(wide, 300)[0])
+    assert decode_sample(raw(maps=[png], meta=meta(segments=many)), 6, 1 << 20).stored_map.max() == 299
+    with pytest.raises(BadSample, match=r"does not list \(299 segments\)"):
+        decode_sample(raw(maps=[png], meta=meta(segments=many[1:])), 6, 1 << 20)
 
 
 def test_a_sound_sample_decodes():
@@ -119,6 +131,7 @@ def good_members(key: str) -> list[tuple[str, bytes]]:
         (tar(*good_members("k"), *good_members("l")), "hold the samples"),
         (tar(("k.json", b"{}"), ("k.jpg", b"x"), ("k.seg1.png", b"")), "has the layers"),
         (tar(("k.json", b"[]"), ("k.jpg", b"x")), "not an object"),
+        (tar(("k.json", b"[" * 100_000), ("k.jpg", b"x")), "json cannot be read"),
         (b"no tar at all" * 100, "cannot be read"),
     ],
 )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 
-from data_tools.index import index_source, scan_shard
 from mf_scale.data.index import HEAD, Index, head_digest, verify_shards
 from mf_scale.data.samples import parse_sample
 from mf_scale.errors import UserError
-from tests.sources import VOCABULARY, changed_bytes, make_source, sample_members, write_shard
+from tests.sources import changed_bytes, make_source
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +66,8 @@ def test_a_missing_or_tampered_index_is_a_users_error(tmp_path):
     head = json.loads((tmp_path / HEAD).read_text())
     for change, said in (
         ({"samples": 9, "crowd": "ignore"}, "changed by hand"),
-        ({"version": 7}, "not an index of version 1"),
-        ({"format": None}, "not an index of version 1"),
+        ({"version": 7}, "not an index of version 2"),
+        ({"format": None}, "not an index of version 2"),
     ):
         (tmp_path / HEAD).write_text(json.dumps({**head, **change}))
         with pytest.raises(UserError, match=said):
@@ -81,42 +79,3 @@ def test_a_missing_or_tampered_index_is_a_users_error(tmp_path):
     (tmp_path / HEAD).write_text("{")
     with pytest.raises(UserError, match="malformed"):
         Index.open(tmp_path)
-
-
-def split_members(number: int, key: str) -> tuple[dict, dict]:
-    members = sample_members(number, key)
-    image = {"__key__": key, "jpg": members.pop("jpg")}
-    return image, members
-
-
-def test_shards_with_broken_samples_are_refused_with_all_findings(tmp_path):
-    image, rest = split_members(0, "a")
-    alone = {"__key__": "c", "jpg": image["jpg"]}
-    meta = json.loads(sample_members(1, "d")["json"])
-    meta["segments"][0]["label"] = 6
-    outside = {**sample_members(1, "d"), "json": json.dumps(meta).encode()}
-    write_shard(tmp_path / "x.tar", [image, sample_members(1, "b"), rest, alone, outside])
-    with pytest.raises(UserError) as raised:
-        scan_shard(tmp_path / "x.tar", len(VOCABULARY))
-    said = str(raised.value)
-    assert "keys whose members stand apart: 1 (a)" in said
-    assert "c: it needs one image and one json" in said and "label 6 is outside the vocabulary of 6 classes" in said
-
-
-def test_double_members_truncated_tars_and_double_keys_are_refused(tmp_path):
-    image, _ = split_members(0, "a")
-    write_shard(tmp_path / "double.tar", [sample_members(0, "a"), image])
-    with pytest.raises(UserError, match=r"a\.jpg stands twice"):
-        scan_shard(tmp_path / "double.tar", 6)
-    write_shard(tmp_path / "whole.tar", [sample_members(i, f"k{i}") for i in range(3)])
-    data = (tmp_path / "whole.tar").read_bytes()
-    with tarfile.open(tmp_path / "whole.tar") as tar:
-        middle = tar.getmember("k1.jpg").offset_data + 100
-    (tmp_path / "short.tar").write_bytes(data[:middle])
-    with pytest.raises(UserError, match="cannot be indexed"):
-        scan_shard(tmp_path / "short.tar", 6)
-    (tmp_path / "folder").mkdir()
-    for name in ("1.tar", "2.tar"):
-        write_shard(tmp_path / "folder" / name, [sample_members(0, "same")])
-    with pytest.raises(UserError, match=r"keys in two shards: 1 \(same in 1\.tar and 2\.tar\)"):
-        index_source(tmp_path / "folder", VOCABULARY, crowd="none", unlabelled="none", progress=iter)

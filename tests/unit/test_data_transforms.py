@@ -11,6 +11,7 @@ from mf_scale.config.load import load_config
 from mf_scale.config.validate import validate
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE
 from mf_scale.data.collate import blank_sample, collate, cut, join
+from mf_scale.data.color import apply_color, draw_color
 from mf_scale.data.decode import StoredSample
 from mf_scale.data.targets import TargetRules, make_targets
 from mf_scale.data.transforms import (
@@ -19,7 +20,6 @@ from mf_scale.data.transforms import (
     draw_detr_window,
     draw_window,
     fitted_sample,
-    jitter_color,
     resize_map,
     resize_part,
     sample_generator,
@@ -233,7 +233,9 @@ def test_a_sample_depends_on_seed_and_position_alone():
 
 def test_colour_jitter_moves_every_property_and_only_sometimes():
     image = np.full((8, 8, 3), (120, 60, 30), np.uint8)
-    results = [jitter_color(image, np.random.default_rng(i)).reshape(-1, 3)[0].astype(int) for i in range(300)]
+    results = [
+        apply_color(image, draw_color(np.random.default_rng(i))).reshape(-1, 3)[0].astype(int) for i in range(300)
+    ]
     same = sum((r == image[0, 0]).all() for r in results)
     assert 8 <= same <= 50  # 300 / 2^4 on average, and roundings that end where they began
     brightness = np.array([r.max() for r in results])

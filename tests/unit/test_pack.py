@@ -1,33 +1,25 @@
-"""python -m data_tools: pack, verify, stats, preview, index, on the embedded sample and on broken copies of it."""
+"""Packing the embedded sample, and broken copies of it."""
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from data_tools.__main__ import main
+from data_tools.dry_run import try_samples
+from data_tools.formats import coco_panoptic
+from data_tools.pack import PackOptions, plan_pack
 from data_tools.source import open_reader
 from mf_scale.data.index import Index
-from mf_scale.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-SAMPLE = ROOT / "data_tools" / "sample" / "coco_panoptic"
-VOCABULARY = ROOT / "data_tools" / "vocabularies" / "coco_panoptic_133.json"
-
-
-def pack(target: Path, *options: str, source: Path = SAMPLE, split: str = "val") -> int:
-    return main(["pack", "coco_panoptic", str(source), str(target), "--split", split, "--workers", "1", *options])
+from mf_scale.vocabulary import Vocabulary
+from tests.unit.packing import SAMPLE, VOCABULARY, copy_of, edit_list, files_of, pack
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +27,11 @@ def packed(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("packed") / "val"
     assert pack(target, "--shard-size", "5") == 0
     return target
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return copy_of(SAMPLE, tmp_path / "copy")
 
 
 def test_the_embedded_sample_is_whole():
@@ -75,10 +72,6 @@ def test_what_is_packed_is_what_was_annotated(packed):
     assert sorted(keys) == sorted(of_key) and keys != sorted(keys)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_the_same_input_gives_the_same_bytes(packed, tmp_path):
     assert pack(tmp_path / "two", "--shard-size", "5", "--workers", "2") == 0
     assert files_of(tmp_path / "two") == files_of(packed)
@@ -114,66 +107,38 @@ def test_overwrite_replaces_and_foreign_files_stay(tmp_path, capsys):
     assert index.crowd == "ignore" and len(list((tmp_path / "a").glob("*.tar"))) == len(index.shards) == 1
 
 
-def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    assert pack(tmp_path / "dry", "--dry-run") == 0
-    assert "13 samples, 1 shards, 133 classes" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+def test_a_dry_run_counts_and_writes_nothing(packed, tmp_path, capsys):
+    assert pack(tmp_path / "dry", "--dry-run", "--shard-size", "5") == 0
+    said = capsys.readouterr().out
+    listing = json.loads((SAMPLE / "annotations" / "panoptic_val.json").read_text())
+    segments = [segment for annotation in listing["annotations"] for segment in annotation["segments_info"]]
+    assert "13 samples, 0.5 MiB of images, 3 shards, 133 classes (coco_panoptic_133, panoptic)" in said
+    assert f"tried 13 of 13 samples: {len(segments)} segments" in said
+    assert f"{len({segment['category_id'] for segment in segments})} classes seen" in said
+    assert "shards of 0.5 MiB in all" in said
+    assert not (tmp_path / "dry").exists()
 
 
-def test_a_killed_pack_is_not_taken_for_finished_and_goes_on(packed, tmp_path):
-    target = tmp_path / "killed"
-    command = [sys.executable, "-m", "data_tools", "pack", "coco_panoptic", str(SAMPLE), str(target)]
-    options = ["--split", "val", "--shard-size", "1", "--workers", "2"]
-    process = subprocess.Popen([*command, *options], start_new_session=True, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(target.glob("*.tar"))) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    done = {path: path.stat().st_mtime_ns for path in target.glob("*.tar")}
-    assert len(done) >= 2
-    if not (target / "index.json").exists():  # it may have been faster than this loop
-        with pytest.raises(UserError, match="no index"):
-            Index.open(target)
-    assert pack(target, "--shard-size", "1") == 0
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert pack(tmp_path / "fresh", "--shard-size", "1") == 0
-    assert files_of(target) == files_of(tmp_path / "fresh")
+def test_a_dry_run_foretells_the_bytes_of_the_shards(packed, tmp_path):
+    source = coco_panoptic.open_source(SAMPLE, "val", Vocabulary.load(VOCABULARY))
+    packing = plan_pack(source, tmp_path / "dry", PackOptions("coco_panoptic", "val", "5", 0, "none", "none"))
+    trial = try_samples(packing, most=0, workers=1, progress=functools.partial(tqdm, disable=True))
+    members = []
+    for path in packed.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members += tar.getmembers()
+    assert trial.bytes_of(packing) == sum(512 + -(-member.size // 512) * 512 for member in members)
+    half = try_samples(packing, most=6, workers=1, progress=functools.partial(tqdm, disable=True))
+    assert half.samples == 6 and half.bytes_of(packing) == pytest.approx(trial.bytes_of(packing), rel=0.1)
 
 
-def test_a_full_disk_is_one_paragraph(tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data_tools",
-            "pack",
-            "coco_panoptic",
-            str(SAMPLE),
-            str(tmp_path / "x"),
-            "--split",
-            "val",
-        ],
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-    )
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "nothing more can be written" in run.stderr and "run the same command again" in run.stderr
-
-
-@pytest.fixture
-def copy(tmp_path) -> Path:
-    return Path(shutil.copytree(SAMPLE, tmp_path / "copy"))
-
-
-def edit(source: Path, change) -> None:
-    path = source / "annotations" / "panoptic_val.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
+def test_a_dry_run_tries_samples(copy, tmp_path, capsys):
+    name = sorted((copy / "val").iterdir())[3]
+    name.write_bytes(name.read_bytes()[:500])
+    assert pack(tmp_path / "dry", "--dry-run", source=copy) == 2
+    assert "1 of the 13 samples that were tried cannot be packed: images that do not decode" in capsys.readouterr().err
+    assert pack(tmp_path / "dry", "--dry-run", "--check-maps", "2", source=copy) == 0
+    assert "tried 2 of 13 samples: about" in capsys.readouterr().out
 
 
 def test_everything_wrong_in_the_lists_is_told_at_once(copy, tmp_path, capsys):
@@ -183,14 +148,14 @@ def test_everything_wrong_in_the_lists_is_told_at_once(copy, tmp_path, capsys):
         data["annotations"][2]["segments_info"][0]["id"] = 0
         data["annotations"].append(data["annotations"][3])
 
-    edit(copy, change)
+    edit_list(copy, change)
     images = sorted((copy / "val").iterdir())
     images[5].unlink()
     (copy / "annotations" / "panoptic_val" / images[6].with_suffix(".png").name).unlink()
     assert pack(tmp_path / "out", source=copy) == 2
     said = capsys.readouterr().err
     for part in ("category 999", "without an image entry: 1", "without annotation: 1", "ids repeat or are 0: 1",
-                 "annotated twice: 1", "missing images", images[5].name, "missing maps"):  # fmt: skip
+                 "annotated twice", "missing images", images[5].name, "missing maps"):  # fmt: skip
         assert part in said, part
     assert "Traceback" not in said and not (tmp_path / "out").exists()
 
@@ -209,7 +174,7 @@ def test_everything_wrong_in_the_files_is_told_and_a_repaired_source_packs(copy,
         extra = {**of_name[names[4]]["segments_info"][0], "id": 77}
         of_name[names[4]]["segments_info"].append(extra)
 
-    edit(copy, change)
+    edit_list(copy, change)
     assert pack(tmp_path / "out", "--shard-size", "4", source=copy) == 2
     said = capsys.readouterr().err
     assert "5 samples cannot be packed" in said
@@ -221,142 +186,34 @@ def test_everything_wrong_in_the_files_is_told_and_a_repaired_source_packs(copy,
     assert pack(tmp_path / "out", "--overwrite") == 0
 
 
-def test_errors_of_the_command_line(tmp_path, capsys):
-    assert main(["pack", "nothing", ".", str(tmp_path), "--split", "x"]) == 2
-    assert pack(tmp_path / "x", source=tmp_path) == 2
-    assert main(["verify", str(tmp_path)]) == 2
-    assert main(["preview", str(tmp_path), "x.jpg"]) == 2
+def test_label_maps_are_held_against_their_meaning_before_anything_is_written(tmp_path, capsys):
+    for folder in ("images", "labels"):
+        (tmp_path / "made" / folder).mkdir(parents=True)
+    values = np.zeros((20, 30), np.uint8)
+    values[:10], values[10:, :5] = 1, 255
+    for name in ("a", "Straße 日本", "x" * 150):
+        Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "made" / "images" / f"{name}.png")
+        Image.fromarray(values).save(tmp_path / "made" / "labels" / f"{name}.png")
+    classes = tmp_path / "made" / "classes.json"
+    data = {"name": "two", "classes": [{"name": n, "thing": False, "source_id": i} for i, n in enumerate("xy")]}
+    command = ["pack", "folder", str(tmp_path / "made"), str(tmp_path / "out"), "--split", "all", "--workers", "1"]
+    classes.write_text(json.dumps({**data, "ids": {}}))
+    assert main(command) == 2
     said = capsys.readouterr().err
-    assert said.count("error: ") == 4 and "Traceback" not in said
-    assert main(["verify", str(tmp_path), "--debug"]) == 2
-    assert "Traceback" in capsys.readouterr().err
+    assert "255 (150 pixels in 3 of 3 maps" in said and not list((tmp_path / "out").glob("*.tar"))
+    classes.write_text(json.dumps({**data, "ids": {"ignore": [255]}}))
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 of 2 classes found; ignored 8.3%" in capsys.readouterr().out
+    assert main([*command, "--overwrite"]) == 0
+    index = Index.open(tmp_path / "out")
+    assert index.kind == "semantic"
+    assert sorted(index.table["key"].to_pylist()) == ["Straße_日本", "a", "x" * 150]
+    assert main(["verify", str(tmp_path / "out"), "--workers", "1"]) == 0
 
 
-VAL = ["pack", "coco_panoptic", str(SAMPLE), "{tmp}/out", "--split", "val", "--workers", "1"]
-MISTAKES = {
-    "target is a file": (["pack", "coco_panoptic", str(SAMPLE), "{tmp}/file", "--split", "val"], "{tmp}/file"),
-    "target below a file": (["pack", "coco_panoptic", str(SAMPLE), "{tmp}/file/x", "--split", "val"], "{tmp}/file/x"),
-    "target to overwrite is a file": ([*VAL[:3], "{tmp}/file", "--split", "val", "--overwrite"], "{tmp}/file"),
-    "target under /proc": ([*VAL[:3], "/proc/x", "--split", "val"], "/proc/x"),
-    "name too long": ([*VAL[:3], "{tmp}/" + "x" * 300, "--split", "val"], "File name too long"),
-    "split is a file": (["pack", "coco_panoptic", "{tmp}/cut", "{tmp}/out", "--split", "val"], "{tmp}/cut/val"),
-    "seed": ([*VAL, "--seed", "-1"], "--seed: '-1' is not a whole number of 0 or more"),
-    "workers": ([*VAL, "--workers", "0"], "--workers: '0' is not a whole number of 1 or more"),
-    "vocabulary is a folder": ([*VAL, "--vocabulary", "{tmp}"], "{tmp}"),
-    "vocabulary of index is a folder": (["index", "{packed}", "--vocabulary", "{tmp}", "--overwrite"], "{tmp}"),
-    "index of a file": (["index", "{tmp}/file", "--vocabulary", str(VOCABULARY)], "{tmp}/file"),
-    "no folder for the picture": (["preview", "{packed}", "{tmp}/none/s.png"], "{tmp}/none/s.png"),
-    "picture is a folder": (["preview", "{packed}", "{tmp}/folder.png"], "{tmp}/folder.png"),
-    "count": (["preview", "{packed}", "{tmp}/s.png", "--count", "-3"], "--count: '-3' is not a whole number of 1"),
-    "count is a word": (["preview", "{packed}", "{tmp}/s.png", "--count", "all"], "--count: 'all' is not"),
-    "no command": ([], "COMMAND"),
-    "verify of a file": (["verify", "{tmp}/file"], "{tmp}/file"),
-    "stats of nothing": (["stats", "/proc/x"], "/proc/x"),
-}
-
-
-@pytest.mark.parametrize("arguments, named", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_paragraph(packed, tmp_path, capsys, arguments, named):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "cut").mkdir()
-    shutil.copytree(SAMPLE / "annotations", tmp_path / "cut" / "annotations")
-    (tmp_path / "cut" / "val").write_text("no folder")
-    before = files_of(packed)
-    assert main([a.format(tmp=tmp_path, packed=packed) for a in arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    assert named.format(tmp=tmp_path) in said
-    assert (tmp_path / "file").read_text() == "mine" and files_of(packed) == before
-    assert not (tmp_path / "s.png").exists() and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("command", ["pack", "index", "verify", "stats", "preview"])
-def test_an_interrupt_is_one_line(packed, tmp_path, capsys, monkeypatch, command):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    place = {"pack": "pack.encode_sample", "index": "index.scan_shard", "preview": "preview.draw_segments"}
-    monkeypatch.setattr(f"data_tools.{place.get(command, 'source.open_reader')}", interrupt)
-    shards = Path(shutil.copytree(packed, tmp_path / "shards"))
-    arguments = {
-        "pack": [a.format(tmp=tmp_path) for a in VAL],
-        "index": ["index", str(shards), "--vocabulary", str(VOCABULARY), "--overwrite"],
-        "preview": ["preview", str(packed), str(tmp_path / "s.png")],
-    }
-    assert main(arguments.get(command, [command, str(packed)])) == 130
-    lines = capsys.readouterr().err.splitlines()
-    goes_on = "; the same command goes on where it stopped" if command == "pack" else ""
-    assert lines[-1] == f"interrupted{goes_on}" and "Traceback" not in "".join(lines)
-
-
-@pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
-def test_an_interrupted_pack_goes_on(packed, tmp_path, whole_group):
-    target = tmp_path / "interrupted"
-    slow = (
-        "import sys, time, data_tools.pack as pack; from data_tools.__main__ import main; encode = pack.encode_sample;"
-        "pack.encode_sample = lambda *a: time.sleep(0.3) or encode(*a); sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = ["pack", "coco_panoptic", str(SAMPLE), str(target), "--split", "val", "--shard-size", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments, "--workers", "2"],
-        start_new_session=True, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(target.glob("*.tar")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
-    assert "Traceback" not in said and not (target / "index.json").exists()
-    done = {path: path.stat().st_mtime_ns for path in target.glob("*.tar")}
-    assert done and len(done) < 5
-    assert pack(target, "--shard-size", "3") == 0
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert not list(target.glob("*.partial")) and Index.open(target).samples == 13
-
-
-def test_verify_finds_what_is_wrong(packed, tmp_path, capsys):
-    assert main(["verify", str(packed)]) == 0
-    assert "3 shards and 13 samples are sound" in capsys.readouterr().out
-    broken = Path(shutil.copytree(packed, tmp_path / "broken"))
-    path = broken / "val-000001.tar"
-    record = Index.open(broken).sample(6)
-    data = bytearray(path.read_bytes())
-    data[record.offset + 520 : record.offset + 600] = bytes(80)
-    path.chmod(0o644)
-    path.write_bytes(data)
-    assert main(["verify", str(broken)]) == 2
-    assert "val-000001.tar has another checksum" in capsys.readouterr().err
-    # indexed as it is now, the checksum fits and the image is found not to decode
-    assert main(["index", str(broken), "--vocabulary", str(VOCABULARY)]) == 2
-    assert main(["index", str(broken), "--vocabulary", str(VOCABULARY), "--overwrite"]) == 0
-    capsys.readouterr()
-    assert main(["verify", str(broken)]) == 2
-    assert f"1 of 13 samples are not sound: samples that do not decode: 1 ({record.key} in" in capsys.readouterr().err
-
-
-def test_shards_made_elsewhere_are_indexed_as_packed(packed, tmp_path):
-    for shard in packed.glob("*.tar"):
-        shutil.copy(shard, tmp_path)
-    assert main(["index", str(tmp_path), "--vocabulary", str(VOCABULARY)]) == 0
-    assert Index.open(tmp_path).digest == Index.open(packed).digest
-
-
-def test_stats_count_classes(packed, capsys):
-    assert main(["stats", str(packed), "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)
-    listing = json.loads((SAMPLE / "annotations" / "panoptic_val.json").read_text())
-    people = [s for a in listing["annotations"] for s in a["segments_info"] if s["category_id"] == 1]
-    row = next(row for row in counts["classes"] if row["name"] == "person")
-    assert row["segments"] == len(people) and row["pixels"] == sum(s["area"] for s in people)
-    assert sum(r["pixels"] for r in counts["classes"]) + counts["unlabelled_pixels"] == counts["pixels"]
-    assert main(["stats", str(packed)]) == 0
-    assert "person" in capsys.readouterr().out
-
-
-def test_preview_draws_a_sheet(packed, tmp_path):
-    assert main(["preview", str(packed), str(tmp_path / "sheet.png"), "--count", "3"]) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (1280, 640) and len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+def test_another_vocabulary_makes_another_pack(packed, tmp_path, capsys):
+    data = json.loads(VOCABULARY.read_text())
+    data["classes"][0]["thing"] = False
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    assert pack(packed, "--shard-size", "5", "--vocabulary", str(tmp_path / "other.json")) == 2
+    assert "other arguments or input" in capsys.readouterr().err

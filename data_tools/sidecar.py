@@ -1,0 +1,49 @@
+"""Sidecar: what was scanned of a finished shard, in a file beside it until the index is written.
+
+A pack that goes on, and the part that finishes last, read these instead of the shards.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from data_tools.files import partial_path, publish
+from data_tools.scan import ROWS, ShardScan
+from mf_scale.data.index import Shard
+
+SUFFIX = ".rows"
+SCAN = b"scan"
+"""Key of the shard and its notes in the file's metadata."""
+
+
+def sidecar_path(shard: Path) -> Path:
+    """Where a shard's rows lie."""
+    return shard.with_name(shard.name + SUFFIX)
+
+
+def save_rows(scan: ShardScan, shard: Path) -> None:
+    """Write a shard's rows, whole or not at all."""
+    path = sidecar_path(shard)
+    partial = partial_path(path)
+    told = json.dumps({"shard": asdict(scan.shard), "notes": scan.notes}, sort_keys=True)
+    schema = ROWS.with_metadata({SCAN: told.encode()})
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(scan.rows.replace_schema_metadata(schema.metadata))
+    publish(partial, path)
+
+
+def load_rows(shard: Path) -> ShardScan | None:
+    """The rows of a finished shard; None where they or the shard are not there, or do not belong together."""
+    try:
+        # Read into memory: another part may remove the file while these are in use.
+        with pa.OSFile(str(sidecar_path(shard)), "rb") as file:
+            table = pa.ipc.open_file(pa.BufferReader(file.read())).read_all()
+        told = json.loads(table.schema.metadata[SCAN])
+        scan = ShardScan(Shard(**told["shard"]), table.replace_schema_metadata(None), notes=told["notes"])
+        return scan if shard.stat().st_size == scan.shard.size and table.schema.equals(ROWS) else None
+    except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return None
