@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from mf_scale.bench.data_inputs import make_source
 from mf_scale.bench.data_peers import Peer, image_peers, peer_input
@@ -27,6 +28,8 @@ from mf_scale.rundir import disk_errors
 
 LANES = 64
 """Global batch whose order the raw samples are read in."""
+BATCH = 16
+"""Samples whose images lie in one array, as a worker hands them over."""
 SHUFFLE_BUFFER = 1000
 """Samples that webdataset shuffles among."""
 Round = Callable[[int], int]
@@ -72,7 +75,9 @@ def _image_contestants(index: Index, images: int, crop: int) -> tuple[dict[str, 
 
     def ours(number: int) -> int:
         for i in range(images):
-            training_sample(reader.load_exact(i), config, rules, sample_generator(number, i))
+            if i % BATCH == 0:
+                batch = np.empty((BATCH, 3, crop, crop), np.uint8)
+            training_sample(reader.load_exact(i), config, rules, sample_generator(number, i), batch[i % BATCH])
         return images
 
     def way(peer: Peer) -> Round:

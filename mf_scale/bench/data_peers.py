@@ -65,8 +65,9 @@ def image_peers(crop: int) -> tuple[list[Peer], str]:
     peers = [Peer("detectron2's way", lambda given, generator: detectron2_sample(given, crop, generator))]
     try:
         peers += [
-            Peer("albumentations + cv2", albumentations_sample(crop, masks=True)),
-            Peer("the same, a map alone", albumentations_sample(crop, masks=False)),
+            Peer("albumentations + cv2", albumentations_sample(crop, "through")),
+            Peer("the same, masks made behind", albumentations_sample(crop, "behind")),
+            Peer("the same, no masks at all", albumentations_sample(crop, "none")),
         ]
     except ImportError:
         return peers, "albumentations: not installed (pip install 'mf_scale[bench]')"
@@ -74,34 +75,43 @@ def image_peers(crop: int) -> tuple[list[Peer], str]:
 
 
 def detectron2_sample(given: PeerInput, crop: int, generator: np.random.Generator) -> dict[str, Any]:
-    """As its mapper for panoptic data: Pillow decodes and resizes the whole image and the whole map.
+    """As MaskFormer's mapper for panoptic data: Pillow decodes and resizes the whole image and the whole panoptic map,
+    torch the semantic map in double precision, which goes along with it.
 
-    uint8 [3,crop,crop], bool [T,crop,crop]. The crop's rule on the largest category is off, as published.
+    uint8 [3,crop,crop], int64 [crop,crop], bool [T,crop,crop]. The crop's rule on the largest category is off, as
+    published.
     """
     import torch
+    from torch.nn.functional import interpolate, pad
 
     with Image.open(io.BytesIO(given.image)) as file:
         image = np.asarray(file.convert("RGB"))
     with Image.open(io.BytesIO(given.panoptic)) as file:
         panoptic = np.asarray(file.convert("RGB"))
+    with Image.open(io.BytesIO(given.labels)) as file:
+        semantic = np.asarray(file).astype("double")
     shorter = int(generator.integers(int(SCALE[0] * crop), int(SCALE[1] * crop) + 1))
     size = _size((image.shape[0], image.shape[1]), shorter, crop)
     image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     panoptic = np.asarray(Image.fromarray(panoptic).resize(size, Image.Resampling.NEAREST))
+    semantic = interpolate(torch.from_numpy(semantic)[None, None], size=size[::-1], mode="nearest")[0, 0].numpy()
     top = int(generator.integers(0, max(size[1] - crop, 0) + 1))
     left = int(generator.integers(0, max(size[0] - crop, 0) + 1))
     image = ssd_color(image[top : top + crop, left : left + crop], generator)
-    panoptic = panoptic[top : top + crop, left : left + crop]
+    panoptic, semantic = (a[top : top + crop, left : left + crop] for a in (panoptic, semantic))
     if generator.random() < 0.5:
-        image, panoptic = np.flip(image, axis=1), np.flip(panoptic, axis=1)
+        image, panoptic, semantic = (np.flip(array, axis=1) for array in (image, panoptic, semantic))
     coded = panoptic.astype(np.int32)
     ids = coded[..., 0] + 256 * coded[..., 1] + 256 * 256 * coded[..., 2]
     beside = (0, crop - image.shape[1], 0, crop - image.shape[0])
     pixels = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    pixels = torch.nn.functional.pad(pixels, beside, value=PAD)
-    ids = torch.nn.functional.pad(torch.as_tensor(ids), beside, value=0).numpy()
+    ids = pad(torch.as_tensor(ids.astype(np.int64)), beside, value=0).numpy()
     masks = [torch.from_numpy(np.equal(ids, segment + 1).copy()) for segment in range(given.segments)]
-    return {"image": pixels, "masks": torch.stack(masks) if masks else torch.zeros((0, crop, crop), dtype=torch.bool)}
+    return {
+        "image": pad(pixels, beside, value=PAD).contiguous(),
+        "sem_seg": pad(torch.as_tensor(semantic.astype(np.int64)), beside, value=IGNORED).contiguous(),
+        "masks": torch.stack(masks) if masks else torch.zeros((0, crop, crop), dtype=torch.bool),
+    }
 
 
 def ssd_color(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -130,17 +140,17 @@ def ssd_color(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return image[:, :, [2, 1, 0]]
 
 
-def albumentations_sample(crop: int, *, masks: bool) -> Make:
+def albumentations_sample(crop: int, masks: str) -> Make:
     """OpenCV decodes; albumentations resizes, pads, crops, jitters and flips.
 
-    uint8 [3,crop,crop] and bool [T,crop,crop], the masks going through it as its guide shows for segments; or without
-    `masks` the segment map [crop,crop], the least that can be asked.
+    uint8 [3,crop,crop] and bool [T,crop,crop]: the masks go `through` it, as its guide shows for segments, or are cut
+    out of the map `behind` it, as transformers' examples do; `none`: the map [crop,crop] alone.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its newest version
     import albumentations as peer
 
     shorter = list(range(int(SCALE[0] * crop), int(SCALE[1] * crop) + 1))
-    filled = {"border_mode": cv2.BORDER_CONSTANT, "fill": PAD, "fill_mask": IGNORED}
+    filled = {"border_mode": cv2.BORDER_CONSTANT, "fill": PAD, "fill_mask": 0 if masks == "through" else IGNORED}
     pipeline = peer.Compose(
         [
             peer.SmallestMaxSize(max_size=shorter, interpolation=cv2.INTER_LINEAR),
@@ -157,13 +167,15 @@ def albumentations_sample(crop: int, *, masks: bool) -> Make:
     def make(given: PeerInput, _: np.random.Generator) -> dict[str, Any]:
         image = cv2.imdecode(np.frombuffer(given.image, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         labels = np.asarray(cv2.imdecode(np.frombuffer(given.labels, np.uint8), cv2.IMREAD_UNCHANGED))
-        if masks:
+        if masks == "through":
             several = [np.equal(labels, segment).view(np.uint8) for segment in range(given.segments)]
             made = pipeline(image=image, masks=several)
             target = {"masks": np.stack(made["masks"]).astype(bool)}
         else:
             made = pipeline(image=image, mask=labels)
             target = {"map": made["mask"]}
+        if masks == "behind":
+            target = {"masks": np.stack([np.equal(made["mask"], segment) for segment in range(given.segments)])}
         return {"image": np.ascontiguousarray(made["image"].transpose(2, 0, 1)), **target}
 
     return make

@@ -37,7 +37,7 @@ class Reading:
 
     open_s: float
     private_mib: float
-    """Memory no other process shares, after the plans, beyond that of the process before."""
+    """Memory of its own after the plans, beyond that of the process before."""
     first_plan_ms: float
     """Sample ids of the first step, with all that has to be prepared for it."""
     late_plan_ms: float
@@ -110,9 +110,9 @@ def write_index(folder: Path, samples: int) -> None:
 
 
 def private_mib() -> float:
-    """Memory of this process that it shares with none, MiB (Linux)."""
+    """Memory of this process's own, MiB (Linux): pages of mapped files are the kernel's, which all processes share."""
     fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return sum(int(words[1]) for words in fields if words[0] in ("Private_Clean:", "Private_Dirty:")) / 1024
+    return next(int(words[1]) for words in fields if words[0] == "Anonymous:") / 1024
 
 
 def _blocks(folder: str) -> Reading:

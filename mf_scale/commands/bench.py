@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     _add_loss(parts)
     _add_save(parts)
     _add_data(parts)
+    _add_index(parts)
 
 
 def _add_loss(parts: Any) -> None:
@@ -64,6 +65,14 @@ def _add_data(parts: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
+def _add_index(parts: Any) -> None:
+    command = add_command(
+        parts, "index", "an index at scale: opening it, memory, one step's plan early and late", _run_index
+    )
+    _add_counts(command, ("samples", 1_000_000, "samples of the index, which is made up for the purpose"))
+    command.add_argument("--json", metavar="FILE", help="write all numbers there")
+
+
 def _add_counts(command: argparse.ArgumentParser, *arguments: tuple[str, int, str]) -> None:
     for name, default, text in arguments:
         command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
@@ -94,4 +103,11 @@ def _run_data(options: argparse.Namespace, _: list[str]) -> int:
 
     counts = {"images": options.images, "crops": options.crop, "repeats": options.repeats}
     print(bench_data(options.source, **counts, json_file=options.json))
+    return 0
+
+
+def _run_index(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.bench.index_scale import bench_index
+
+    print(bench_index(options.samples, json_file=options.json))
     return 0

@@ -91,8 +91,8 @@ class DataConfig:
     """t of repeat-factor sampling: an image comes max(1, sqrt(t / share of images with its rarest class)) times an
     epoch (Gupta et al. 2019, LVIS: 0.001); 0: every image once."""
     cache_dir: Optional[str] = None
-    """Folder on a local disk (NVMe) that keeps what was read of sources elsewhere, remote or on another file system; the
-    ranks of a node share it. None: no cache."""
+    """Folder on a local disk (NVMe) that keeps what was read of sources elsewhere, remote or on another file system;
+    the ranks of a node share it. None: no cache."""
     cache_gib: float = 64.0
     """GiB that cache_dir may hold; what was used longest ago goes first."""
     workers: int = 2

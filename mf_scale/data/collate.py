@@ -13,8 +13,16 @@ from mf_scale.data.targets import Targets
 from mf_scale.data.transforms import PAD, ModelSample
 
 
-def collate(samples: Sequence[ModelSample], keys: Sequence[str], events: Sequence[dict[str, Any]] = ()) -> Batch:
-    """Stack samples of one size; labels are padded to the most segments of any (at least 1), layers likewise."""
+def collate(
+    samples: Sequence[ModelSample],
+    keys: Sequence[str],
+    events: Sequence[dict[str, Any]] = (),
+    images: np.ndarray | None = None,
+) -> Batch:
+    """Stack samples of one size; labels are padded to the most segments of any (at least 1), layers likewise.
+
+    `images` uint8 [B,3,h,w] where the samples' images lie in it already.
+    """
     most = max(1, *(len(s.targets.labels) for s in samples))
     layers = max(len(s.targets.segment_map) for s in samples)
     labels = np.full((len(samples), most), NO_LABEL, np.int64)
@@ -26,7 +34,7 @@ def collate(samples: Sequence[ModelSample], keys: Sequence[str], events: Sequenc
         segment_layer[row, :count] = sample.targets.segment_layer
         maps[row, : len(sample.targets.segment_map)] = sample.targets.segment_map
     return Batch(
-        images=torch.from_numpy(np.stack([s.image for s in samples])),
+        images=torch.from_numpy(np.stack([s.image for s in samples]) if images is None else images),
         segment_map=torch.from_numpy(maps),
         labels=torch.from_numpy(labels),
         segment_layer=torch.from_numpy(segment_layer),

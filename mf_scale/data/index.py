@@ -152,8 +152,8 @@ class Index:
 
     def class_counts(self) -> np.ndarray:
         """Images that hold each class, int64 [K]."""
-        flat = self.table.column("class_ids").chunk(0).flatten().to_numpy()
-        return np.bincount(flat, minlength=len(self.vocabulary)).astype(np.int64)
+        _, labels = self.class_lists(0, self.samples)
+        return np.bincount(labels, minlength=len(self.vocabulary)).astype(np.int64)
 
 
 def verify_shards(index: Index, *, checksums: bool) -> None:

@@ -90,9 +90,10 @@ class RankStream(IterableDataset[Any]):
         samples: list[ModelSample] = []
         keys: list[str] = []
         events: list[dict[str, Any]] = []
+        images = np.empty((len(lanes), 3, *self.config.crop), np.uint8)
         for stream, own in self.state.at(step).split(lanes):
-            makers[stream.digest].make(stream, own, step, note, samples, keys, events)
-        return collate(samples, keys, events)
+            makers[stream.digest].make(stream, own, step, note, images, samples, keys, events)
+        return collate(samples, keys, events, images)
 
 
 class _SourceMaker:
@@ -109,17 +110,18 @@ class _SourceMaker:
         lanes: np.ndarray,
         step: int,
         note: Note,
+        images: np.ndarray,
         samples: list[ModelSample],
         keys: list[str],
         events: list[dict[str, Any]],
     ) -> None:
-        """Append the samples of some of the stream's lanes at `step`, in lane order."""
+        """Append the samples of some of the stream's lanes at `step`, in lane order; each image to its place."""
         places = positions(stream, step)[lanes]
         for lane, position, sample_id in zip(lanes, places, self.order.sample_ids(places), strict=True):
             note(self.number, int(sample_id))
             stored, happened = self.reader.load(int(sample_id), int(lane) if stream.shuffle == "blocks" else None)
             generator = sample_generator(stream.own_seed, int(position))
-            samples.append(training_sample(stored, self.config, self.rules, generator))
+            samples.append(training_sample(stored, self.config, self.rules, generator, images[len(samples)]))
             keys.append(stored.key)
             events += happened
 

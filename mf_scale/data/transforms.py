@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import torch
+from torch.nn import functional
 
 from mf_scale.config.schema import DataConfig
 from mf_scale.data.batch import IGNORE, NONE
@@ -58,9 +60,16 @@ def sample_generator(seed: int, position: int) -> np.random.Generator:
 
 
 def training_sample(
-    sample: StoredSample, config: DataConfig, rules: TargetRules, generator: np.random.Generator
+    sample: StoredSample,
+    config: DataConfig,
+    rules: TargetRules,
+    generator: np.random.Generator,
+    canvas: np.ndarray | None = None,
 ) -> ModelSample:
-    """Random scale and crop, or DETR's choices of both; colour, flip; padded to data.crop."""
+    """Random scale and crop, or DETR's choices of both; colour, flip; padded to data.crop.
+
+    The image is written into `canvas`, uint8 [3,*crop], where one is given: its place in a batch.
+    """
     height, width = sample.image.shape[:2]
     if config.resize == "detr":
         window = draw_detr_window(height, width, config.crop, generator)
@@ -69,7 +78,7 @@ def training_sample(
     flip = bool(generator.random() < config.flip)
     color = draw_color(generator) if config.color else None
     image, stored_map = resize_part(sample.image, window), resize_map(sample.stored_map, window)
-    return _place(image, stored_map, sample, config.crop, rules, flip=flip, color=color)
+    return _place(image, stored_map, sample, config.crop, rules, flip=flip, color=color, canvas=canvas)
 
 
 def fitted_sample(sample: StoredSample, crop: Sequence[int], rules: TargetRules) -> ModelSample:
@@ -128,12 +137,19 @@ def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
 
 
 def resize_part(image: np.ndarray, window: Window) -> np.ndarray:
-    """The window of a uint8 [H,W,3] image at its size; shrinking averages over area, growing is bilinear."""
+    """The window of a uint8 [H,W,3] image at its size, bilinear; shrinking as Pillow does, over all pixels in reach."""
     part = image[window.top : window.bottom, window.left : window.right]
-    shrinks = window.height < part.shape[0] or window.width < part.shape[1]
-    return cv2.resize(
-        part, (window.width, window.height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
+    if window.height < part.shape[0] or window.width < part.shape[1]:
+        return _shrink(part, window.height, window.width)
+    return cv2.resize(part, (window.width, window.height), interpolation=cv2.INTER_LINEAR)
+
+
+def _shrink(part: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Within 1 of Pillow's bilinear filter, which the paper's code shrinks by, at a third of its time or OpenCV's."""
+    part = part if part.flags.writeable else part.copy()  # torch warns of others
+    pixels = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # in this order of strides torch keeps channels innermost
+    made = functional.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True)
+    return made[0].permute(1, 2, 0).numpy()
 
 
 def resize_map(stored_map: np.ndarray, window: Window) -> np.ndarray:
@@ -152,19 +168,23 @@ def _place(
     *,
     flip: bool = False,
     color: ColorTables | None = None,
+    canvas: np.ndarray | None = None,
 ) -> ModelSample:
     """Colour, flip, make targets, pad at the right and bottom: there the map is IGNORE, which layer 0 alone says."""
     if flip:
         stored_map = stack_layers([cv2.flip(layer, 1) for layer in stored_map])
     targets = make_targets(stored_map, sample, rules)
     targets = replace(targets, segment_map=_pad_map(targets.segment_map, crop))
-    return ModelSample(_finish_image(image, crop, flip, color), targets)
+    canvas = np.empty((3, *crop), np.uint8) if canvas is None else canvas
+    _finish_image(image, flip, color, canvas)
+    return ModelSample(canvas, targets)
 
 
-def _finish_image(image: np.ndarray, crop: Sequence[int], flip: bool, color: ColorTables | None) -> np.ndarray:
-    """uint8 [h,w,3] -> [3,*crop], in bands of rows: what is done to a band finds it in the processor's cache."""
+def _finish_image(image: np.ndarray, flip: bool, color: ColorTables | None, canvas: np.ndarray) -> None:
+    """uint8 [h,w,3] into [3,*crop], in bands of rows: what is done to a band finds it in the processor's cache."""
     height, width = image.shape[:2]
-    canvas = np.full((3, *crop), PAD, np.uint8)
+    canvas[:, height:] = PAD
+    canvas[:, :height, width:] = PAD
     for top in range(0, height, BAND):
         band = image[top : top + BAND]
         if color is not None:
@@ -172,7 +192,6 @@ def _finish_image(image: np.ndarray, crop: Sequence[int], flip: bool, color: Col
         if flip:
             band = cv2.flip(band, 1)
         cv2.split(band, [channel[top : top + len(band), :width] for channel in canvas])
-    return canvas
 
 
 def _pad_map(segment_map: np.ndarray, crop: Sequence[int]) -> np.ndarray:

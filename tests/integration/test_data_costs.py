@@ -66,7 +66,7 @@ def test_a_late_start_reads_what_an_early_one_does(index, monkeypatch, steps):
 def private_kib(pid: int) -> int:
     """Memory of its own, KiB; pages of mapped files are the kernel's."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
 
 
 def test_memory_of_the_workers_stays_where_it_is_over_epochs(index):

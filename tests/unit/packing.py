@@ -18,8 +18,9 @@ SAMPLE = ROOT / "data_tools" / "sample" / "coco_panoptic"
 VOCABULARY = ROOT / "data_tools" / "vocabularies" / "coco_panoptic_133.json"
 SLOW = (
     "import sys, time, data_tools.shards as shards; from data_tools.__main__ import main; "
-    "encode = shards.encode_sample; shards.encode_sample = lambda *a: time.sleep(0.3) or encode(*a); sys.exit(main(sys.argv[1:]))"
-).replace("; ", "\n")
+    "encode = shards.encode_sample; shards.encode_sample = lambda *a: time.sleep(0.3) or encode(*a); "
+    "sys.exit(main(sys.argv[1:]))"
+)
 """The program with a third of a second more for each sample."""
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mf_scale.config.load import load_config
 from mf_scale.config.validate import validate
@@ -17,6 +20,7 @@ from mf_scale.data.targets import TargetRules, make_targets
 from mf_scale.data.transforms import (
     DETR_SHORTER,
     PAD,
+    Window,
     draw_detr_window,
     draw_window,
     fitted_sample,
@@ -113,7 +117,7 @@ def picture(height: int, width: int) -> StoredSample:
 @pytest.mark.parametrize("position", range(12))
 def test_image_and_map_stay_together(position, resize):
     sample = picture(120, 160)
-    config = small_config(crop=[48, 64], color=False, scale=[0.4, 2.5], resize=resize)
+    config = small_config(crop=[48, 64], color=False, scale=[0.8, 2.5], resize=resize)
     made = training_sample(
         sample, config, TargetRules("panoptic", np.ones(4, bool), "none", "none"), sample_generator(1, position)
     )
@@ -122,10 +126,30 @@ def test_image_and_map_stay_together(position, resize):
     assert (made.image[:, outside] == PAD).all()
     cells = made.image[0].astype(int) / 3
     of_segment = np.array([np.median(cells[made.targets.segment_map[0] == t]) for t in range(len(made.targets.labels))])
-    assert np.allclose(of_segment % 4, made.targets.labels, atol=0.7)
+    large = np.bincount(made.targets.segment_map[0][~outside], minlength=len(of_segment)) > 40
+    assert large.any()  # a sliver at the crop's edge shows what lies beside it
+    assert (np.rint(of_segment[large]) % 4 == made.targets.labels[large]).all()
     inside = ~outside
     error = np.abs(cells[inside] - of_segment[made.targets.segment_map[0][inside]])
     assert np.mean(error > 0.7) < 0.45  # blends at the borders of cells only
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 160), (61, 80), (119, 159), (60, 300), (200, 20)])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_shrinking_is_pillows(size, writeable):
+    """Which the paper's code resizes by: all pixels in reach count, so nothing is skipped; OpenCV's bilinear skips."""
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+    image.flags.writeable = writeable
+    window = Window(0, 0, 120, 160, *size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = resize_part(image, window)
+    wanted = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    assert made.shape == (*size, 3) and made.flags.c_contiguous
+    assert abs(made.astype(int) - wanted).max() <= 1
+    part = resize_part(image, Window(20, 30, 100, 150, 40, 60))
+    wanted = np.asarray(Image.fromarray(image[20:100, 30:150]).resize((60, 40), Image.Resampling.BILINEAR))
+    assert abs(part.astype(int) - wanted).max() <= 1
 
 
 def test_only_the_window_is_resized_and_it_is_what_the_whole_would_show():
