@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def _ours(folder: str, shuffle: str, threshold: float) -> Reading:
         from mf_scale.data.repeat import repeat_factors
 
         length = repeat_factors(index, threshold, np.array([0, index.samples])).length
-        stream = Stream(*(length if name == "length" else value for name, value in asdict(stream).items()))
+        stream = replace(stream, length=length)
 
     def plan(order: Any, step: int) -> float:
         start = time.perf_counter()

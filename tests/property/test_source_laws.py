@@ -64,10 +64,11 @@ changes = st.lists(
 def test_a_source_whose_law_stays_goes_on_and_none_is_read_twice(history):
     """Whatever joins, leaves, comes back or changes its share: nobody's position comes twice, the steady go on."""
     sizes = {"a": 7, "b": 30, "c": 13}
-    state, step, numbers = None, 0, {}
+    state, step = None, 0
+    numbers: dict[str, int] = {}
     for steps, counts in history:
         parts = [part(name, sizes[name], count) for name, count in counts.items()]
-        before = {s.digest: s for s in state.at(step).streams} if state else {}
+        before: dict[str, Stream] = {s.digest: s for s in state.at(step).streams} if state else {}
         state, _ = open_segment(state, step, parts, **LAW)
         streams = state.at(step).streams
         assert [s.source for s in streams] == sorted({s.source for s in streams})
