@@ -57,7 +57,9 @@ class DataState:
         try:
             state = DataState(tuple(Segment.from_dict(s) for s in data["segments"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the data state cannot be read: {error}", remedy="The checkpoint is damaged.") from error
+            raise UserError(
+                f"the data state cannot be read: {error}", remedy="It is damaged, or an earlier version wrote it."
+            ) from error
         return state
 
 
