@@ -72,6 +72,7 @@ class SampleReader:
         record = self.index.sample(sample_id)
         return {
             "event": "quarantine",
+            "source": self.index.source,
             "shard": record.shard,
             "key": record.key,
             "offset": record.offset,

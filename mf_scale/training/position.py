@@ -101,7 +101,8 @@ def positions_after(found: DataOfRun, step: int) -> list[SourcePosition]:
 def samples_of(found: DataOfRun, step: int) -> list[TakenSample]:
     """The samples of step `step` >= 1, in lane order."""
     by_digest = {index.digest: index for index in found.sources}
-    instead = {(r.get("shard"), r.get("key")): r.get("replaced_by") for r in found.quarantined if r["step"] == step}
+    taken = [r for r in found.quarantined if r["step"] == step]
+    instead = {(r.get("source"), r.get("shard"), r.get("key")): r.get("replaced_by") for r in taken}
     samples: list[TakenSample] = []
     for stream in found.data.at(step - 1).streams:
         index = by_digest[stream.digest]
@@ -111,7 +112,7 @@ def samples_of(found: DataOfRun, step: int) -> list[TakenSample]:
         ):
             record = index.sample(int(sample_id))
             epoch, offset = np.divmod(position, stream.length)
-            replaced = instead.get((record.shard, record.key))
+            replaced = instead.get((index.source, record.shard, record.key))
             samples.append(
                 TakenSample(len(samples), index.source, record.shard, record.key, int(epoch), int(offset), replaced)
             )

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -188,7 +189,13 @@ def test_too_many_bad_samples_stop_the_run_with_3(tmp_path, packed):
     done = tolerated.train(f"data.train={source}", "train.steps=12", "data.max_bad_fraction=0.5")
     assert done.returncode == 0, done.stderr
     event = next(r for r in tolerated.records() if r["event"] == "quarantine")
-    assert event["key"] != event["replaced_by"]
+    assert event["key"] != event["replaced_by"] and event["source"] == str(source)
+    command = [sys.executable, "-m", "mf_scale.cli", "data", "samples", str(tolerated.folder)]
+    said = subprocess.run(
+        [*command, "--step", str(event["step"])], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"{event['key']}  (" in said.stdout
+    assert f"quarantined: {event['replaced_by']} was trained instead" in said.stdout
 
 
 def spoil_one_image(source: Path) -> None:
