@@ -21,7 +21,7 @@ from mf_scale.config.schema import DataConfig
 from mf_scale.data.index import KINDS, Index
 from mf_scale.data.loader import make_reader, train_rules
 from mf_scale.data.order import SampleOrder, Stream, positions
-from mf_scale.data.samples import webdataset_epoch
+from mf_scale.data.samples import BadSample, webdataset_epoch
 from mf_scale.data.transforms import sample_generator, training_sample
 from mf_scale.errors import UserError
 from mf_scale.rundir import disk_errors
@@ -30,6 +30,7 @@ LANES = 64
 """Global batch whose order the raw samples are read in."""
 BATCH = 16
 """Samples whose images lie in one array, as a worker hands them over."""
+SMALLEST_CROP = 32
 SHUFFLE_BUFFER = 1000
 """Samples that webdataset shuffles among."""
 Round = Callable[[int], int]
@@ -42,13 +43,22 @@ def bench_data(source: str | None, *, images: int, crops: Sequence[int], repeats
     Every contestant in turn, `repeats` rounds after one that warms up, in CPU seconds of one core; medians. Raises
     UserError as `Index.open`, and where there are fewer images than lanes of the order.
     """
+    if min(crops) < SMALLEST_CROP:
+        raise UserError(f"a crop of {min(crops)} is too small", remedy=f"Take {SMALLEST_CROP} pixels or more.")
     with tempfile.TemporaryDirectory(prefix="mf-scale-bench-") as folder, _one_core():
         _refuse_few(images)
         index = Index.open(source) if source else make_source(Path(folder), images)
         _refuse_few(index.samples)
         results = {}
         for crop in crops:
-            contestants, absent = _image_contestants(index, min(images, index.samples), crop)
+            try:
+                contestants, absent = _image_contestants(index, min(images, index.samples), crop)
+            except BadSample as bad:
+                raise UserError(
+                    f"a sample of the source does not decode: {bad}",
+                    where=index.source,
+                    remedy="`python -m data_tools verify` lists all such samples; the benchmark wants a sound source.",
+                ) from bad
             results[f"training samples of {crop} x {crop}"] = measure(contestants, repeats)
         results["raw samples from tars, shuffled"] = measure(_raw_contestants(index), repeats)
     summary = {"source": source or f"{images} made images of 640 x 480", "repeats": repeats, "absent": absent}

@@ -21,6 +21,8 @@ import pyarrow as pa
 from mf_scale.data.index import COLUMNS, FORMAT, HEAD, SCHEMA, VERSION, Index, head_digest
 from mf_scale.data.order import Stream, positions
 from mf_scale.data.sources import order_of
+from mf_scale.errors import UserError
+from mf_scale.rundir import disk_errors
 
 SHARD_SAMPLES = 1000
 SAMPLE_BYTES = 200_000
@@ -47,7 +49,12 @@ class Reading:
 
 
 def bench_index(samples: int, *, json_file: str | None) -> str:
-    """Measure an index of `samples` made up for the purpose; a table, and all numbers into `json_file`."""
+    """Measure an index of `samples` made up for the purpose; a table, and all numbers into `json_file`.
+
+    Raises UserError for fewer samples than two global batches, and where the file cannot be written.
+    """
+    if samples < 2 * GLOBAL_BATCH:
+        raise UserError(f"{samples} samples are too few", remedy=f"Take --samples={2 * GLOBAL_BATCH} or more.")
     ways: dict[str, Callable[[str], Reading]] = {
         "blocks": _blocks,
         "blocks, repeats": _repeats,
@@ -62,7 +69,8 @@ def bench_index(samples: int, *, json_file: str | None) -> str:
             with spawn.Pool(1) as pool:
                 readings[name] = pool.apply(way, (folder,))
     if json_file:
-        Path(json_file).write_text(json.dumps({name: asdict(r) for name, r in readings.items()}, indent=1) + "\n")
+        with disk_errors(Path(json_file)):
+            Path(json_file).write_text(json.dumps({name: asdict(r) for name, r in readings.items()}, indent=1) + "\n")
     return _table(samples, readings)
 
 

@@ -8,6 +8,11 @@ from mf_scale.config.schema import Config, DataConfig
 from mf_scale.config.urls import scheme_of
 from mf_scale.errors import UserError
 
+LEAST_WEIGHT = 1e-6
+"""Below it, or above its inverse, sums of weights lose what they are for."""
+LEAST_CACHE = 0.25
+"""GiB: 64 pieces, so that making room does not throw out what is being read."""
+
 
 def _sources(config: Config) -> list[str]:
     data, broken = config.data, []
@@ -18,8 +23,8 @@ def _sources(config: Config) -> list[str]:
             broken.append(f"data.sources[{place}].index is empty: it names the folder (or url) of a source")
         if source.index.startswith("~"):
             broken.append(f"data.sources[{place}].index = {source.index}: ~ is not expanded here, write the whole path")
-        if not (source.weight > 0 and math.isfinite(source.weight)):
-            broken.append(f"data.sources[{place}].weight = {source.weight:g} must be above 0")
+        if not LEAST_WEIGHT <= source.weight <= 1 / LEAST_WEIGHT:
+            broken.append(f"data.sources[{place}].weight = {source.weight:g} must be above 0, from 1e-6 to 1e6")
     return broken
 
 
@@ -52,8 +57,8 @@ def _cache(config: Config) -> list[str]:
     broken = []
     if not data.cache_dir.strip() or data.cache_dir.startswith("~"):
         broken.append(f"data.cache_dir = {data.cache_dir!r} must be a folder, written whole (~ is not expanded here)")
-    if not (data.cache_gib > 0 and math.isfinite(data.cache_gib)):
-        broken.append(f"data.cache_gib = {data.cache_gib:g} must be above 0")
+    if not (data.cache_gib >= LEAST_CACHE and math.isfinite(data.cache_gib)):
+        broken.append(f"data.cache_gib = {data.cache_gib:g} must be {LEAST_CACHE:g} at least: it keeps pieces of 4 MiB")
     return broken
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.ids import UNKNOWN
@@ -25,6 +25,8 @@ JPEG = b"\xff\xd8\xff"
 """The first bytes of every JPEG."""
 PNG, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 """The first bytes of every PNG, and the byte that says its bits a pixel."""
+MOST_SEGMENTS = 1 << 15
+"""Of one sample: the maps of a batch are int16, with negative values for what is no segment."""
 LABEL_VALUES = 1 << 16
 """Values that a grey PNG of labels can hold."""
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
@@ -82,8 +84,10 @@ def decode_sample(raw: RawSample, num_classes: int, max_pixels: int, table: np.n
     if len({m.dtype for m in maps}) > 1:
         raise BadSample("its map layers differ in depth")
     stored = stack_layers(maps)
-    none = none_value(stored.dtype)
-    known = len(listed)
+    none, known = none_value(stored.dtype), len(listed)
+    most = min(none, MOST_SEGMENTS)
+    if known > most:
+        raise BadSample(f"its json lists {known} segments, a map of {stored.itemsize * 8} bits holds {most} at most")
     if known < none and (stored - stored.dtype.type(known)).min() < none - known:  # indices below `known` wrap around
         raise BadSample(f"its map holds a segment that its json does not list ({len(listed)} segments)")
     return StoredSample(raw.key, image, stored, listed[:, 0], listed[:, 1], listed[:, 2].astype(bool))
@@ -129,7 +133,7 @@ def decode_image(data: bytes, max_pixels: int, size: tuple[int, int] | None = No
             coloured = file.convert("RGBA") if file.mode == "P" else file  # else Pillow warns of a transparent colour
             return np.asarray(coloured if file.mode == "RGB" else coloured.convert("RGB"))
     except UNREADABLE as error:
-        raise BadSample(f"its image does not decode: {error}") from error
+        raise BadSample(f"its image does not decode: {_said(error)}") from error
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, size: tuple[int, int] | None) -> np.ndarray | None:
@@ -154,7 +158,7 @@ def decode_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
                 raise BadSample(f"its segment map is a PNG of mode {image.mode}, not grey")
             pixels = np.asarray(image)
     except UNREADABLE as error:
-        raise BadSample(f"its segment map does not decode: {error}") from error
+        raise BadSample(f"its segment map does not decode: {_said(error)}") from error
     depth = data[PNG_DEPTH]
     if image.mode == "L" and depth < 8:  # Pillow spreads these values over 0 to 255
         return pixels // (255 // ((1 << depth) - 1))
@@ -186,6 +190,11 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         yield data[at + 4 : at + 8], data[at + 8 : end]
         at = end + 4
+
+
+def _said(error: BaseException) -> str:
+    """Pillow names the object in memory that it did not recognise, another one in every run."""
+    return "it is of no kind that is read" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _check_size(found: tuple[int, int], size: tuple[int, int] | None, max_pixels: int, what: str) -> None:

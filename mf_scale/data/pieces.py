@@ -54,8 +54,8 @@ class PieceCache:
 
     @property
     def storing(self) -> bool:
-        """Whether it is worth fetching a whole piece."""
-        return time.time() >= self._paused_until
+        """Whether it is worth fetching a whole piece: not where none could be kept."""
+        return time.time() >= self._paused_until and self.settings.limit > PIECE
 
     def load(self, digest: str, number: int, length: int, start: int, stop: int) -> bytes | None:
         """Bytes start..stop of the piece `number` of a shard, `length` bytes long; None where they have to be fetched.

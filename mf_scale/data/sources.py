@@ -87,7 +87,7 @@ def share_batch(weights: Sequence[float], global_batch: int) -> list[int]:
     if min(counts) > 0:
         return counts
     least = int(sum(weights) / min(weights) / len(weights))  # below, its share cannot be among the largest remainders
-    enough = next(size for size in count(max(global_batch + 1, least)) if min(_shares(weights, size)) > 0)
+    enough = next(size for size in count(max(len(weights), least)) if min(_shares(weights, size)) > 0)
     raise UserError(
         f"a global batch of {global_batch} has no sample of source {counts.index(0)} (counted from 0; weights "
         f"{', '.join(f'{weight:g}' for weight in weights)} give {', '.join(map(str, counts))})",

@@ -52,14 +52,20 @@ class DataState:
         return {"segments": [s.to_dict() for s in self.segments]}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> DataState:
+    def from_dict(data: Mapping[str, Any], *, where: str = "") -> DataState:
         """Raises UserError where the data is not what `to_dict` made."""
         try:
+            if any("streams" not in segment for segment in data["segments"]):
+                raise UserError(
+                    "an earlier version of this program wrote the data state",
+                    where=where,
+                    remedy="Take the run's weights into a new run_dir: train.init_from=RUN.",
+                )
             state = DataState(tuple(Segment.from_dict(s) for s in data["segments"]))
+            if not state.segments or not all(segment.streams for segment in state.segments):
+                raise ValueError("it has no segment, or one without a stream")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the data state cannot be read: {error}", remedy="It is damaged, or an earlier version wrote it."
-            ) from error
+            raise UserError(f"the data state cannot be read: {error}", where=where, remedy="It is damaged.") from error
         return state
 
 
@@ -108,10 +114,22 @@ def open_segment(
     if state is None:
         return DataState((Segment(step, tuple(streams)),)), None
     if not changes:
-        return state, None
+        return _while_same_law(state, step), None
     opened = Segment(step, tuple(sorted(streams, key=lambda stream: stream.source)))
     message = f"From step {step} the order of the data changes: {'; '.join(changes)}."
     return DataState((*(s for s in state.segments if s.first_step <= step), opened)), message
+
+
+def _while_same_law(state: DataState, step: int) -> DataState:
+    """The state without segments of another law ahead of `step`, which a run that went back from them still holds."""
+    now = _law(state.at(step))
+    ahead = [s.first_step for s in state.segments if s.first_step > step and _law(s) != now]
+    return DataState(tuple(s for s in state.segments if s.first_step < min(ahead))) if ahead else state
+
+
+def _law(segment: Segment) -> list[Stream]:
+    """What a segment reads, wherever its streams stand."""
+    return [replace(stream, origin=0, first_epoch=0) for stream in segment.streams]
 
 
 def _last_streams(state: DataState | None, step: int) -> dict[str, tuple[Stream, int]]:

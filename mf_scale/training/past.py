@@ -74,7 +74,7 @@ def look_back(path: str, step: int, overrides: Sequence[str]) -> Past:
     check_vocabulary(config, sources[0].vocabulary, where=named)
     facts = read_json(checkpoint / STATE) if checkpoint else {}
     saved = TrainState.from_dict(facts) if facts else None
-    told = DataState.from_dict(start["data"]) if start and "data" in start else None
+    told = DataState.from_dict(start["data"], where=str(run.metrics)) if start and "data" in start else None
     known = told or (saved.data if saved else None)
     have = {index.digest for index in sources}
     if known is not None and any(stream.digest not in have for stream in known.at(step - 1).streams):

@@ -16,6 +16,7 @@ from mf_scale.data.index import Index
 from mf_scale.data.order import positions
 from mf_scale.data.sources import continue_order, open_training, order_of
 from mf_scale.data.state import DataState
+from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir, checkpoint_step, committed_checkpoints, existing_run
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.training.past import look_back
@@ -46,7 +47,7 @@ class SourcePosition:
     length: int
     """Positions of an epoch."""
     taken: int
-    """Samples the run has taken of it since it goes by the present law."""
+    """Positions that lie behind since it goes by the present law, those that were left out included."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def data_of(path: str, step: int | None, overrides: Sequence[str]) -> tuple[Data
     if Path(path).is_file():
         config = load_config(path, overrides)
         validate(config)
+        if step is not None and step > config.train.steps:
+            raise UserError(f"the run has {config.train.steps} steps, there is no step {step}", where=path)
         sources = open_training(config.data)
         return DataOfRun(config, sources, continue_order(config, sources, None, 0)[0], []), step or 0
     found = _last_step(RunDir(existing_run(path))) if step is None else step

@@ -206,10 +206,11 @@ def _record_samples(session: Session, recorder: Recorder, saver: Saver, batch: B
         state.quarantined += agreement.quarantined
         for event in _flat(comm.gather_objects([e for e in batch.events if e.get("event") == "quarantine"])):
             recorder.event("quarantine", **{name: value for name, value in event.items() if name != "event"})
-            recorder.note(f"quarantined {event.get('key')} in {event.get('shard')}: {event.get('reason')}")
-        share = state.quarantined / max(state.samples, session.samples)
-        if share > config.data.max_bad_fraction:
-            what = f"{state.quarantined} samples could not be decoded, {share:.2%} of what was read"
+            where = f"{event.get('shard')}" + (f" of {event.get('source')}" if len(session.sources) > 1 else "")
+            recorder.note(f"quarantined {event.get('key')} in {where}: {event.get('reason')}")
+        of = max(state.samples, session.samples)
+        if state.quarantined / of > config.data.max_bad_fraction:
+            what = f"samples could not be decoded: {state.quarantined}, which is {state.quarantined / of:.2%} of {of:,}"
             named = ", ".join(index.source for index in session.sources)
             where = f"{named}, data.max_bad_fraction = {config.data.max_bad_fraction}"
             saver.finish()

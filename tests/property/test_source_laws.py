@@ -29,8 +29,8 @@ def test_shares_are_whole_and_within_one_of_the_weights(given_weights, global_ba
         counts = share_batch(given_weights, global_batch)
     except UserError as refused:
         smallest = int(str(refused).split("one of each is ")[1].split(";")[0])
-        assert smallest > global_batch and min(share_batch(given_weights, smallest)) >= 1
-        for size in range(global_batch, min(smallest, global_batch + 50)):
+        assert min(share_batch(given_weights, smallest)) >= 1
+        for size in range(max(1, smallest - 50), smallest):
             with pytest.raises(UserError):
                 share_batch(given_weights, size)
         return
@@ -83,6 +83,23 @@ def test_a_source_whose_law_stays_goes_on_and_none_is_read_twice(history):
     assert DataState.from_dict(state.to_dict()) == state
 
 
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"segments": []}, "has no segment"),
+        ({"segments": [{"first_step": 0, "streams": []}]}, "has no segment"),
+        ({"segments": [{"first_step": 0, "global_batch": 4}]}, "earlier version .*train.init_from"),
+        ({"segments": [{"first_step": 0, "streams": [{"source": 0}]}]}, "cannot be read"),
+        ({}, "cannot be read"),
+        ({"segments": 7}, "cannot be read"),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_told_apart_from_an_old_one(saved, said):
+    with pytest.raises(UserError, match=said) as caught:
+        DataState.from_dict(saved, where="state.json")
+    assert "state.json" in str(caught.value)
+
+
 def test_the_order_in_which_sources_are_named_changes_nothing():
     first, second = part("a", 7, 2), part("b", 30, 3)
     state, _ = open_segment(None, 0, [first, second], **LAW)
@@ -110,6 +127,18 @@ def test_a_source_that_comes_back_has_not_moved_on_meanwhile():
     assert message and "b (it comes back) goes on at the start of its epoch 1, and 18 samples" in message
     assert min(taken(state, range(40, 41))["b"]) == 30
     assert len(state.at(40).streams) == 2 and state.at(40).streams[0] == state.at(0).streams[0]
+
+
+def test_a_run_that_went_back_keeps_nothing_of_another_law_ahead():
+    """Law 2, then 3 from step 5, 2 again from 9; back at step 3 with 2, it is 2 from there on."""
+    first, second = [part("a", 30, 2)], [part("a", 30, 3), part("b", 9, 1)]
+    state, _ = open_segment(None, 0, first, **LAW)
+    state, _ = open_segment(state, 5, second, **LAW)
+    state, _ = open_segment(state, 9, first, **LAW)
+    back, message = open_segment(state, 3, first, **LAW)
+    assert message is None and [back.at(step) for step in range(12)] == [state.at(0)] * 12
+    left_out = leave_out(open_segment(None, 0, first, **LAW)[0], 6, 4)
+    assert open_segment(left_out, 3, first, **LAW) == (left_out, None)  # of the same law: it stays
 
 
 def test_sources_of_one_size_are_shuffled_each_in_its_own_way():

@@ -144,3 +144,14 @@ def test_ssd_color_moves_everything_and_sometimes_nothing() -> None:
     assert {tuple(np.argsort(r)) for r in results} > {(2, 1, 0)}
     brightest = [r.max() for r in results]
     assert max(brightest) > 180 and min(brightest) < 60
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys) -> None:
+    assert main(["bench", "data", "--crop", "8"]) == 2
+    assert main(["bench", "index", "--samples", "1000"]) == 2
+    sources.make_source(tmp_path / "packed", [40, 40], truncated=[7])
+    assert main(["bench", "data", "--source", str(tmp_path / "packed"), "--images", "80", "--crop", "32"]) == 2
+    assert main(["bench", "index", "--samples", "2000", "--json", str(tmp_path / "nowhere/x.json")]) == 2
+    said = capsys.readouterr().err
+    for part in ("crop of 8 is too small", "1000 samples are too few", "does not decode", "nowhere/x.json"):
+        assert part in said

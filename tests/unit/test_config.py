@@ -169,7 +169,8 @@ def test_sources_repeats_and_cache_are_checked() -> None:
     for part in ("put all of them into data.sources", "sources[1].index is empty", "sources[1].weight = 0", "= 2 is a"):
         assert part in said
     assert "does nothing without data.cache_dir" in message("data.cache_gib=2")
-    assert "must be above 0" in message("data.cache_dir=/x", "data.cache_gib=0")
+    assert "0.25 at least" in message("data.cache_dir=/x", "data.cache_gib=0.1")
+    assert "from 1e-6 to 1e6" in message("data.sources=[{index: a, weight: 1.0e+308}]")
     signed = message("data.sources=[{index: 's3://b/x?X-Amz-Signature=hunter2'}]")
     assert "holds credentials or a query" in signed and "hunter2" not in signed
     with_password = message("data.train=https://me:hunter2@host/x")

@@ -102,7 +102,6 @@ def test_whatever_is_wrong_is_named(change, said):
 
 def test_a_map_of_more_segments_than_eight_bits_hold_is_checked_too():
     many = [{"label": 0, "layer": 0, "crowd": False}] * 300
-    assert len(decode_sample(raw(meta=meta(segments=many)), 6, 1 << 20).labels) == 300
     wide = np.full((1, 40, 56), 299, np.int32)
     png = encode_map(stored_values(wide, 300)[0])
     assert decode_sample(raw(maps=[png], meta=meta(segments=many)), 6, 1 << 20).stored_map.max() == 299
@@ -148,3 +147,32 @@ def test_nothing_is_unpickled(tmp_path):
     data = tar(*good_members("k"), ("k.pyd", pickle.dumps(Evil())), ("k.pth", pickle.dumps(Evil())))
     assert parse_sample(data, "k").key == "k"
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(("listed", "fits"), [(254, True), (255, False), (256, False), (300, False)])
+def test_more_segments_than_the_depth_of_the_map_holds_are_refused(listed, fits):
+    """NONE and IGNORE would be taken for segments."""
+    sample = raw()
+    segments = [{"label": i % 6, "layer": 0, "crowd": False} for i in range(listed)]
+    many = raw(meta={**sample.meta, "segments": segments})
+    if fits:
+        assert len(decode_sample(many, 6, 10_000).labels) == listed
+        return
+    with pytest.raises(BadSample, match=f"lists {listed} segments, a map of 8 bits holds 254 at most"):
+        decode_sample(many, 6, 10_000)
+
+
+def test_more_segments_than_a_batch_can_number_are_refused():
+    sample = raw()
+    deep = encode_map(np.zeros((sample.meta["height"], sample.meta["width"]), np.uint16))
+    segments = [{"label": 0, "layer": 0, "crowd": False}] * 40_000
+    with pytest.raises(BadSample, match="a map of 16 bits holds 32768 at most"):
+        decode_sample(raw(maps=[deep], meta={**sample.meta, "segments": segments}), 6, 10_000)
+
+
+def test_what_is_no_image_is_said_without_an_address_in_memory():
+    for data in (b"", b"GIF89a" + bytes(40)):
+        with pytest.raises(BadSample, match="of no kind that is read"):
+            decode_image(data, 10_000)
+    with pytest.raises(BadSample, match="segment map does not decode: it is of no kind that is read"):
+        decode_map(b"no png", (4, 4))
