@@ -14,7 +14,7 @@ import pytest
 
 from mf_scale.bench.index_scale import write_index
 from mf_scale.data.index import Index
-from mf_scale.data.loader import train_steps
+from mf_scale.data.loader import make_reader, train_steps
 from mf_scale.data.order import SampleOrder, positions
 from mf_scale.data.storage import Storage
 from tests.sources import make_source, open_state, small_config
@@ -81,6 +81,16 @@ def test_memory_of_the_workers_stays_where_it_is_over_epochs(index):
             used.append([private_kib(worker.pid) for worker in workers if worker.pid])
     growth = np.array(used[3]) - np.array(used[0])
     assert growth.max() < 6 * 1024, used
+
+
+def test_a_lane_lets_go_of_the_block_it_has_left(index):
+    reader = make_reader(index, small_config(block_samples=10))
+    (stream,) = open_state(index, small_config(block_samples=10), G).at(0).streams
+    order = SampleOrder(stream, index.shard_samples)
+    for step in range(40):
+        for lane, sample_id in enumerate(order.sample_ids(positions(stream, step))):
+            reader.load(int(sample_id), lane)
+        assert len(reader._buffers) <= G
 
 
 def test_an_index_of_a_million_samples_takes_little_memory_of_its_own(tmp_path):

@@ -39,6 +39,12 @@ def test_shares_are_whole_and_within_one_of_the_weights(given_weights, global_ba
     assert (abs(np.array(counts) - quotas) < 1).all()
 
 
+def test_the_smallest_global_batch_may_lie_below_the_one_that_was_asked_for():
+    """The largest remainder is not monotonic: 18 gives each of these a sample, 19 does not."""
+    with pytest.raises(UserError, match="holds one of each is 18"):
+        share_batch([2, 0.1, 2, 0.3, 0.5], 19)
+
+
 def part(name: str, samples: int, count: int) -> SourcePart:
     return SourcePart(name, name, samples, samples, count)
 
