@@ -25,7 +25,8 @@ MIB = 1 << 20
 
 def pack(options: argparse.Namespace) -> None:
     """Open the dataset, plan, check ids, and write shards and index."""
-    from data_tools.pack import PackOptions, is_finished, plan_pack, run_pack
+    from data_tools.pack import PackOptions, plan_pack, run_pack
+    from data_tools.target import look_at, prepare, refuse_other
 
     if options.overwrite and options.part[1] > 1:
         raise UserError(
@@ -35,7 +36,7 @@ def pack(options: argparse.Namespace) -> None:
     source = _open_dataset(options)
     names = ("format", "split", "shard_size", "seed", "crowd", "unlabelled")
     packing = plan_pack(source, options.target, PackOptions(*(getattr(options, name) for name in names)))
-    print(
+    _say(
         f"{len(source.records)} samples, {packing.image_bytes / MIB:.1f} MiB of images, {len(packing.jobs)} shards, "
         f"{len(source.vocabulary)} classes ({source.vocabulary.name}, {source.kind}), seed {options.seed}; "
         f"in training, crowd becomes {options.crowd} and unlabelled becomes {options.unlabelled}"
@@ -45,14 +46,20 @@ def pack(options: argparse.Namespace) -> None:
         _check_ids(source, options)
         _try(packing, options)
         return
+    with disk_faults(options.target):
+        look = look_at(options.target, packing.plan)
+        if look.state == "other" and not options.overwrite:
+            refuse_other(options.target, packing.plan)
+    if look.state == "finished" and not options.overwrite:
+        _say(f"{options.target} already holds exactly this pack: nothing to do")
+        return
+    _check_ids(source, options)  # before anything is touched: what it refuses leaves the folder as it was
+    if look.state == "damaged":
+        _say(f"this pack was finished in {options.target} and is no longer whole: {look.told}; it is packed again")
+    with disk_faults(options.target):
+        prepare(options.target, packing.plan, overwrite=options.overwrite)
     without = " without --overwrite" if options.overwrite else ""
     options.interrupted = f"; the same command{without} goes on where it stopped"
-    with disk_faults(options.target):
-        finished = is_finished(packing, overwrite=options.overwrite)
-    if finished:
-        print(f"{options.target} already holds exactly this pack: nothing to do")
-        return
-    _check_ids(source, options)
     packed = run_pack(packing, workers=options.workers, part=options.part, progress=_bars("packing"))
     if options.part[1] > 1:
         _tell_part(packing, options.part)
@@ -60,7 +67,7 @@ def pack(options: argparse.Namespace) -> None:
         return
     _tell_notes("the annotations", packed.notes)
     size = sum(shard["size"] for shard in packed.head["shards"])
-    print(
+    _say(
         f"packed {packed.head['samples']} samples, {size / MIB:.1f} MiB, into {options.target} "
         f"in {time.monotonic() - start:.1f} s"
     )
@@ -91,8 +98,8 @@ def index(options: argparse.Namespace) -> None:
             progress=_bars("indexing"),
         )
     if report is not None:
-        print(format_report(report, vocabulary))
-    print(f"indexed {head['samples']} samples ({kind}) of {len(head['shards'])} shards in {options.source}")
+        _say(format_report(report, vocabulary))
+    _say(f"indexed {head['samples']} samples ({kind}) of {len(head['shards'])} shards in {options.source}")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -103,7 +110,7 @@ def verify(options: argparse.Namespace) -> None:
     report = verify_source(options.source, workers=options.workers, progress=_bars("verifying"))
     _write_json(options.json, report.to_dict())
     report.refuse()
-    print(f"{options.source}: {report.shards} shards and {report.samples} samples are sound")
+    _say(f"{options.source}: {report.shards} shards and {report.samples} samples are sound")
 
 
 def stats(options: argparse.Namespace) -> None:
@@ -113,7 +120,7 @@ def stats(options: argparse.Namespace) -> None:
     _can_write(options.json)
     _can_write(options.picture, ".png")
     counts = count_source(options.source, workers=options.workers, progress=_bars("counting"))
-    print(format_table(counts))
+    _say(format_table(counts))
     _write_json(options.json, counts)
     if options.picture is not None:
         from data_tools.stats_picture import draw_counts
@@ -129,7 +136,7 @@ def preview(options: argparse.Namespace) -> None:
     _can_write(options.picture, ".png")
     with disk_faults(options.picture):
         shown = draw_sheet(options.source, options.picture, count=options.count)
-    print(f"{options.picture}: {shown} samples of {options.source}")
+    _say(f"{options.picture}: {shown} samples of {options.source}")
 
 
 def _open_dataset(options: argparse.Namespace) -> FormatSource:
@@ -156,7 +163,7 @@ def _check_ids(source: FormatSource, options: argparse.Namespace) -> None:
             accept=options.accept_ids,
             progress=_bars("checking ids"),
         )
-        print(format_report(report, source.vocabulary))
+        _say(format_report(report, source.vocabulary))
 
 
 def _try(packing: Packing, options: argparse.Namespace) -> None:
@@ -165,13 +172,13 @@ def _try(packing: Packing, options: argparse.Namespace) -> None:
     trial = try_samples(packing, most=options.check_maps, workers=options.workers, progress=_bars("trying"))
     about = "" if trial.samples == trial.total else "about "
     segments = round(trial.segments / trial.samples * trial.total)
-    print(
+    _say(
         f"tried {trial.samples} of {trial.total} samples: {about}{segments} segments "
         f"({trial.segments / trial.samples:.1f} a sample, {trial.crowd} of {trial.segments} crowd), "
         f"{len(trial.labels)} classes seen; shards of {about}{trial.bytes_of(packing) / MIB:.1f} MiB in all"
     )
     _tell_notes("the annotations", trial.notes)
-    print(f"dry run: nothing was written to {options.target}")
+    _say(f"dry run: nothing was written to {options.target}")
 
 
 def _labels(options: argparse.Namespace) -> LabelMember | None:
@@ -196,12 +203,12 @@ def _tell_part(packing: Packing, part: tuple[int, int]) -> None:
     others = missing_shards(packing)
     parts = ", ".join(map(str, sorted({number % part[1] for number in others})))
     left = f"{len(others)} of its shards, of parts {parts}, are still to come: who ends last writes the index"
-    print(f"part {part[0]} of {part[1]} of this pack is done; {left if others else 'it was the last'}")
+    _say(f"part {part[0]} of {part[1]} of this pack is done; {left if others else 'it was the last'}")
 
 
 def _tell_notes(where: str, notes: dict[str, int]) -> None:
     if notes:
-        print(f"of {where}: " + ", ".join(f"{kind}: {number}" for kind, number in sorted(notes.items())))
+        _say(f"of {where}: " + ", ".join(f"{kind}: {number}" for kind, number in sorted(notes.items())))
 
 
 def _can_write(path: Path | None, suffix: str = "") -> None:
@@ -217,12 +224,23 @@ def _can_write(path: Path | None, suffix: str = "") -> None:
 def _write_json(path: Path | None, data: Any) -> None:
     if path is not None:
         with disk_faults(path):
-            path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
 
 
 def _vocabulary(path: Path) -> Vocabulary:
     with disk_faults(path):
         return Vocabulary.load(path)
+
+
+def _say(text: str) -> None:
+    """A line on stdout. Where its reader has left (`stats SRC | head`), the work goes on and nobody is told."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _bars(what: str) -> Any:

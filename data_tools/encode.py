@@ -46,7 +46,11 @@ def encode_sample(record: Record, annotation: Annotation) -> dict[str, Any]:
     stored = stored_values(annotation.segment_map, len(annotation.segments))
     maps = {f"seg{layer or ''}.png": encode_map(stored[layer]) for layer in range(layers)}
     text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"))
-    return {"__key__": record.key, suffix: data, "json": text.encode(), **maps}
+    try:
+        record.key.encode()
+        return {"__key__": record.key, suffix: data, "json": text.encode(), **maps}
+    except UnicodeEncodeError as error:
+        raise BadRecord("samples with names or text that cannot be UTF-8") from error
 
 
 def stored_values(segment_map: np.ndarray, segments: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from data_tools.parallel import each, tick
 from data_tools.problems import Problems
 from data_tools.record import BadRecord, FormatSource, Record
 from mf_scale.data.batch import IGNORE, NONE
-from mf_scale.data.ids import UNKNOWN, IdMeaning
+from mf_scale.data.ids import IdMeaning
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
@@ -106,8 +106,8 @@ def judge_ids(histogram: Histogram, ids: IdMeaning, vocabulary: Vocabulary, *, t
     """Hold what was counted against what was declared, as `check_ids` does; `total` is how many maps the source has."""
     _refuse_double_meanings(histogram, ids, vocabulary)
     found = sorted(histogram.pixels)
-    table = ids.table(vocabulary, found[-1] + 1)
-    unknown = [value for value in found if table[value] == UNKNOWN]
+    meanings = ids.meanings(vocabulary)
+    unknown = [value for value in found if value not in meanings]
     if unknown:
         raise UserError(
             f"the label maps hold values that are neither ids of vocabulary {vocabulary.name} nor declared "
@@ -121,7 +121,7 @@ def judge_ids(histogram: Histogram, ids: IdMeaning, vocabulary: Vocabulary, *, t
             "; ".join(doubts),
             remedy=f"Correct the declaration; if the maps are right as they are,{more} add --accept-ids.",
         )
-    return _report(histogram, table, len(vocabulary), total, doubts)
+    return _report(histogram, meanings, len(vocabulary), total, doubts)
 
 
 def count_values(source: FormatSource, *, workers: int, most: int, progress: Callable[..., Any]) -> Histogram:
@@ -225,11 +225,13 @@ def _doubts(histogram: Histogram, ids: IdMeaning, vocabulary: Vocabulary) -> lis
     return doubts
 
 
-def _report(histogram: Histogram, table: np.ndarray, classes: int, total: int, doubts: tuple[str, ...]) -> IdReport:
+def _report(
+    histogram: Histogram, meanings: Mapping[int, int], classes: int, total: int, doubts: tuple[str, ...]
+) -> IdReport:
     pixels, maps = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
     others = {IGNORE: 0, NONE: 0}
     for value, count in histogram.pixels.items():
-        label = int(table[value])
+        label = meanings[value]
         if label >= 0:
             pixels[label] += count
             maps[label] += histogram.maps[value]

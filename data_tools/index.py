@@ -20,6 +20,7 @@ from data_tools.scan import ShardScan, scan_shard
 from mf_scale.data.decode import LABEL_VALUES
 from mf_scale.data.ids import LabelMember
 from mf_scale.data.index import COLUMNS, FORMAT, HEAD, SCHEMA, VERSION, head_digest
+from mf_scale.data.storage import plain_name
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
@@ -91,7 +92,7 @@ def _scan(job: _Job) -> ShardScan | Problems:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The tars of a folder by name; UserError where there are none, or compressed ones."""
+    """The tars of a folder by name; UserError where there are none, or compressed or oddly named ones."""
     paths = sorted(folder.iterdir())
     compressed = [path.name for path in paths if path.name.endswith(COMPRESSED)]
     if compressed:
@@ -104,6 +105,17 @@ def _shards(folder: Path) -> list[Path]:
     shards = [path for path in paths if path.suffix == ".tar"]
     if not shards:
         raise UserError("there is no .tar in this folder", where=str(folder), remedy="Give the folder of the shards.")
+    problems = Problems()
+    for path in shards:
+        try:
+            plain_name(path.name)
+        except UserError:
+            problems.add("shards whose names are not plain", path.name)
+    problems.refuse(
+        "the source cannot be indexed",
+        where=str(folder),
+        remedy="Rename them to letters, digits, _ . + = , @ -, the first of them a letter, a digit or _.",
+    )
     return shards
 
 

@@ -20,22 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.files import sweep_partials, write_json
+from data_tools.files import sweep_partials
 from data_tools.index import Meaning, write_index
 from data_tools.parallel import each
 from data_tools.problems import Problems, disk_faults
 from data_tools.record import FormatSource, Record
 from data_tools.scan import ShardScan
-from data_tools.shards import ShardJob, pack_shard
-from data_tools.sidecar import load_rows, sidecar_path
-from mf_scale.data.index import COLUMNS, HEAD, VERSION
+from data_tools.shards import ShardJob, pack_shard, rows_of
+from data_tools.sidecar import sidecar_path
+from data_tools.target import refuse_other
+from mf_scale.data.index import HEAD, VERSION
 from mf_scale.errors import UserError
 
-PLAN = "pack.json"
 MIB = 1 << 20
 OVERHEAD = 8192
 """Bytes a sample takes beside its image, roughly: map, json, tar headers."""
-SHARD_NAME = re.compile(r"[\w.-]+-\d{6}\.tar(\.rows)?")
 LOOKING = 16
 """Threads that ask for the sizes of images: on a parallel file system each question waits."""
 
@@ -87,38 +86,21 @@ def plan_pack(source: FormatSource, folder: Path, options: PackOptions) -> Packi
         sizes = list(threads.map(lambda record: record.image.stat().st_size, by_key))
     order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(by_key))
     groups = list(_groups(((by_key[i], sizes[i]) for i in order), options.shard_size))
-    jobs = [
-        ShardJob(folder / f"{options.split}-{number:06d}.tar", group, source.annotate, len(source.vocabulary))
-        for number, group in enumerate(groups)
-    ]
     files = [[record.image.name, size] for record, size in zip(by_key, sizes, strict=True)]
-    identity = {
+    identity: dict[str, Any] = {
         "version": VERSION,
         "options": asdict(options),
         "annotations": source.fingerprint,
         "vocabulary": _digest(source.vocabulary.to_dict()),
     }
     plan = {**identity, "plan": _digest([identity, files])}
+    jobs = [
+        ShardJob(
+            folder / f"{options.split}-{number:06d}.tar", group, source.annotate, len(source.vocabulary), plan["plan"]
+        )
+        for number, group in enumerate(groups)
+    ]
     return Packing(folder, source, options, jobs, sum(sizes), plan)
-
-
-def is_finished(packing: Packing, *, overwrite: bool) -> bool:
-    """True where exactly this pack lies finished in the folder. Makes the folder ready otherwise.
-
-    UserError where the folder holds something else and `overwrite` is not set.
-    """
-    folder = packing.folder
-    if overwrite:
-        _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {path.name for path in folder.iterdir()}
-    if all(name.startswith(PLAN) and name != PLAN for name in found):  # nothing, or parts that start at this moment
-        write_json(folder / PLAN, packing.plan)
-    _check_plan(packing, found)
-    if HEAD in found and any(job.path.name not in found for job in packing.jobs):
-        (folder / HEAD).unlink(missing_ok=True)  # a shard was removed since: it is packed again
-        return False
-    return HEAD in found
 
 
 def run_pack(
@@ -132,7 +114,7 @@ def run_pack(
     with disk_faults(packing.folder):
         sweep_partials(packing.folder, finished=False)
         mine = packing.jobs[part[0] :: part[1]]
-        missing = [job for job in mine if load_rows(job.path) is None]
+        missing = [job for job in mine if rows_of(job) is None]
     total, left = (sum(len(job.records) for job in jobs) for jobs in (mine, missing))
     problems = Problems()
     with (
@@ -166,11 +148,11 @@ def finish_pack(packing: Packing) -> Packed | None:
     if missing_shards(packing):
         return None
     folder = packing.folder
-    _check_plan(packing, {PLAN})
+    refuse_other(folder, packing.plan)
     notes: Counter[str] = Counter()
     scans: list[ShardScan] = []
     for job in packing.jobs:
-        scan = load_rows(job.path)
+        scan = rows_of(job)
         if scan is None and (folder / HEAD).exists():  # another part was faster and has removed them
             _tidy(packing)
             return Packed(json.loads((folder / HEAD).read_text(encoding="utf-8")), {})
@@ -192,22 +174,6 @@ def _tidy(packing: Packing) -> None:
     sweep_partials(packing.folder, finished=True)
 
 
-def _check_plan(packing: Packing, found: set[str]) -> None:
-    """UserError where the folder is that of another pack."""
-    try:
-        same = json.loads((packing.folder / PLAN).read_text(encoding="utf-8")) == packing.plan
-    except (FileNotFoundError, ValueError):
-        same = False
-    if not same:
-        names = sorted(found)
-        raise UserError(
-            "the folder holds something else than this pack, or one with other arguments or input: "
-            f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}",
-            where=str(packing.folder),
-            remedy="Pack into another folder, or add --overwrite to replace shards and index here.",
-        )
-
-
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -227,12 +193,3 @@ def _groups(records: Iterable[tuple[Record, int]], shard_size: str) -> Iterator[
             group, size = [], 0
     if group:
         yield group
-
-
-def _clear(folder: Path) -> None:
-    """Remove a pack, the index first, so that at no moment an index speaks of shards that are gone."""
-    for name in (HEAD, COLUMNS, PLAN):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("*"):
-        if SHARD_NAME.fullmatch(path.name) or path.name.endswith(".partial"):
-            path.unlink(missing_ok=True)

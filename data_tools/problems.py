@@ -8,8 +8,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EROFS, errno.EPERM}
+SURROUNDINGS = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN, errno.EAGAIN,
+}  # fmt: skip
+"""What a network file system says while a server of it restarts, or a disk that fails: nobody's mistake."""
 NAMED = 3
 """Names given of each kind."""
 
@@ -49,7 +56,10 @@ class Problems:
 
 
 class disk_faults:  # noqa: N801 - used as a context manager
-    """Turns every OSError into a UserError that names the path: a full disk, no permission, no such folder, ..."""
+    """Turns every OSError into a UserError that names the path: a full disk, no permission, no such folder, ...
+
+    A fault of the surroundings becomes a FaultError.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -64,13 +74,19 @@ class disk_faults:  # noqa: N801 - used as a context manager
         known = "" if self.path is None else str(self.path)
         where = known if error.filename is None else os.fsdecode(error.filename)
         fault = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             raise UserError(
                 f"nothing more can be written: {fault}",
                 where=known or where,
                 remedy="Make room and run the same command again; finished shards are kept.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in SURROUNDINGS:
+            raise FaultError(
+                f"the file system failed: {fault}",
+                where=where,
+                remedy="Check the file system (its servers, the network, the disk); the same command goes on.",
+            ) from error
+        if error.errno in NOT_ALLOWED:
             what, remedy = "this cannot be read or written", "Check its permissions."
         else:
             what, remedy = "this path cannot be used", "Check that it is spelt right and is what the command takes."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 
 from mf_scale.data.ids import IdMeaning
 from mf_scale.vocabulary import Vocabulary
+
+HASHED = 1 << 28
+"""Bytes of label maps that are read for a fingerprint."""
 
 
 class BadRecord(Exception):  # noqa: N818 - a finding about the source, collected and told with the others
@@ -76,11 +80,26 @@ class FormatSource:
     """Worth telling of the lists, counted by kind: images without annotation, …"""
 
 
-def fingerprint(contents: Iterable[Path], sizes: Iterable[Path] = ()) -> str:
-    """sha256 over the contents of some files and the names and sizes of others."""
+def fingerprint(lists: Iterable[Path], maps: Iterable[Path] = ()) -> str:
+    """sha256 over the contents of lists, and over the places and contents of maps.
+
+    Of maps above HASHED bytes together, which would take minutes to read, size and time of change (mtime_ns) stand
+    for the contents: a corrected map often keeps its size. Such a source has to be copied with its times kept
+    (cp -p, rsync -t) where several machines pack parts of it; of smaller ones any copy is as good. A place is told
+    from the folder that all maps share, so that it does not matter where a copy lies.
+    """
     digest = hashlib.sha256()
-    for path in contents:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    for path in sizes:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path in lists:
+        digest.update(_digest(path))
+    found = [(path, path.stat()) for path in maps]
+    shared = os.path.commonpath([path.parent for path, _ in found]) if found else ""
+    read = sum(status.st_size for _, status in found) <= HASHED
+    for path, status in found:
+        digest.update(os.fsencode(path.relative_to(shared)) + b"\0")
+        digest.update(_digest(path) if read else f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

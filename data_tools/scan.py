@@ -83,6 +83,8 @@ def scan_shard(
                 rows.add(key, {"offset": start, "size": end - start, **shape}, found)
             except BadSample as bad:
                 faults[key] = str(bad)
+    except RecursionError:
+        problems.add("tars that cannot be read", f"{shown}: thousands of headers for one long name")
     except (tarfile.TarError, EOFError, ValueError, OverflowError, BadSample) as error:
         problems.add("tars that cannot be read", f"{shown}: {_compression(path) or error}")
     told(size - reached)
@@ -151,8 +153,10 @@ def _safe(member: tarfile.TarInfo) -> str:
 
 
 def _check_end(file: io.BufferedReader, offset: int) -> None:
-    """Behind the last member only zeros may stand: tarfile takes a broken header for the end."""
+    """Behind the last member zeros must stand, and only these: tarfile takes a broken header, and none, for the end."""
     first = file.read(tarfile.BLOCKSIZE)
+    if len(first) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends without an end block: cut, or its writer was killed")
     if first.strip(b"\0"):
         raise tarfile.ReadError(f"the header at byte {offset} is broken")
     while rest := file.read(1 << 20):

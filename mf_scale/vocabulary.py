@@ -11,6 +11,9 @@ from typing import Any
 
 from mf_scale.errors import UserError
 
+BANDS = ("rare", "common", "frequent")
+"""Of how often a class is seen."""
+
 
 @dataclass(frozen=True)
 class ClassInfo:
@@ -61,15 +64,15 @@ class Vocabulary:
         """Build from `to_dict`'s form; raises UserError for missing fields or names that stand twice."""
         try:
             classes = tuple(
-                ClassInfo(str(c["name"]), bool(c["thing"]), int(c["source_id"]), c.get("frequency"))
+                ClassInfo(_text(c["name"]), bool(c["thing"]), int(c["source_id"]), _band(c.get("frequency")))
                 for c in data["classes"]
             )
-            vocabulary = Vocabulary(str(data["name"]), classes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            vocabulary = Vocabulary(_text(data["name"]), classes)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"the vocabulary cannot be read: {type(error).__name__} {error}",
                 where=where,
-                remedy="It needs a name and a list of classes, each with name, thing and source_id.",
+                remedy="It needs a name and a list of classes, each with name, thing, source_id and maybe frequency.",
             ) from error
         _refuse_doubles(vocabulary, where)
         return vocabulary
@@ -81,9 +84,26 @@ class Vocabulary:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError("the vocabulary file does not exist", where=str(path), remedy="Check the path.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the vocabulary file is not JSON: {error}", where=str(path)) from error
         return Vocabulary.from_dict(data, where=str(path))
+
+
+def _text(said: Any) -> str:
+    """A name; ValueError for half a character, which JSON can say and no file can hold."""
+    name = str(said)
+    name.encode()
+    return name
+
+
+def _band(said: Any) -> str | None:
+    """Band of frequency, in full or by LVIS's letter; ValueError for anything else."""
+    bands = {letter: band for band in BANDS for letter in (band, band[0])}
+    if said is None:
+        return None
+    if not isinstance(said, str) or said not in bands:
+        raise ValueError(f"frequency {said!r} is none of {', '.join(BANDS)}")
+    return bands[said]
 
 
 def _refuse_doubles(vocabulary: Vocabulary, where: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_tools.formats.colours import read_colours
 from data_tools.formats.label_maps import segments_of
-from data_tools.formats.names import sample_key
+from data_tools.formats.names import MALFORMED, check_name, sample_key
 from data_tools.problems import Problems
 from data_tools.record import Annotation, BadRecord, FormatSource, Record, fingerprint
 from mf_scale.data.batch import NONE
@@ -60,6 +60,7 @@ def _records(top: Path) -> list[Record]:
         have = set(files)
         for name in sorted(name for name in files if name.endswith(".jpg")):
             stem, parent = name.removesuffix(".jpg"), Path(where)
+            check_name(str((parent / name).relative_to(top)), problems)
             beside = f"{stem}_seg.png", f"{stem}.json"
             for missing in set(beside) - have:
                 problems.add("images without their map or json", str((parent / missing).relative_to(top)))
@@ -102,7 +103,7 @@ def _listed(path: Path) -> Counter[int]:
     try:
         listed = json.loads(path.read_text(encoding="latin-1"), strict=False)["annotation"]["object"]
         return Counter(int(entry["name_ndx"]) for entry in listed if int(entry["parts"]["part_level"]) == 0)
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise BadRecord(f"jsons that cannot be read ({type(error).__name__} {error})") from error
 
 

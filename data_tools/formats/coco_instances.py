@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.formats.coco_lists import Shapes, check_parts, drawn, load_list, shape_records
-from data_tools.formats.shapes import Layers, need_pycocotools, smallest_first
+from data_tools.formats.coco_lists import check_parts, load_list, runs_in, shape_records
+from data_tools.formats.names import MALFORMED
+from data_tools.formats.shapes import layered, need_pycocotools
 from data_tools.record import Annotation, FormatSource, Record, fingerprint
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -29,7 +30,7 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
     try:
         data = load_list(listing)
         records, notes = shape_records([data], folder, lambda entry: f"{split}/{entry['file_name']}", vocabulary)
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"the annotation file is not COCO instances: {type(error).__name__} {error}", where=str(listing)
         ) from error
@@ -38,9 +39,6 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
 
 def annotate(record: Record) -> Annotation:
     """Instances of a record on layers; BadRecord for shapes that are none."""
-    shapes: Shapes = record.payload
-    masks, notes = drawn(shapes)
-    layers = Layers(shapes.size)
-    for segment, mask in smallest_first(masks):
-        layers.add(segment, mask)
-    return Annotation(np.stack(layers.maps), layers.segments, shapes.federated, notes)
+    shapes, notes = runs_in(record)
+    layers = layered(shapes, record.payload.size)
+    return Annotation(np.stack(layers.maps), layers.segments, record.payload.federated, notes)

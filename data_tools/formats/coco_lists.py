@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from data_tools.encode import MAX_PIXELS
 from data_tools.formats.names import file_names, sample_key
-from data_tools.formats.shapes import FEW_POINTS, compact_polygons, draw, short_polygons
+from data_tools.formats.shapes import FEW_POINTS, Runs, compact_polygons, runs_of, short_polygons
 from data_tools.problems import Problems
-from data_tools.record import Record, RecordSegment
+from data_tools.record import BadRecord, Record, RecordSegment
+from mf_scale.data.decode import IMAGE_FORMATS, UNREADABLE
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
@@ -108,13 +109,28 @@ def shape_records(
     return list(records.values()), {EMPTY: empty} if empty else {}
 
 
-def drawn(shapes: Shapes) -> tuple[list[tuple[RecordSegment, np.ndarray]], dict[str, int]]:
-    """Each segment with its mask, bool [H,W], and notes; those without a pixel are left out. Raises BadRecord."""
-    masks = [(segment, draw(shape, shapes.size)) for segment, shape in shapes.shapes]
-    filled = [(segment, mask) for segment, mask in masks if mask.any()]
+def runs_in(record: Record) -> tuple[list[tuple[RecordSegment, Runs]], dict[str, int]]:
+    """Each segment with its run lengths, and notes; those without a pixel are left out. Raises BadRecord."""
+    shapes: Shapes = record.payload
+    _check_image(record.image, shapes.size)  # before anything takes memory by a size that the list only claims
+    runs = [(segment, runs_of(shape, shapes.size)) for segment, shape in shapes.shapes]
+    filled = [pair for pair in runs if pair[1].area]
     few = sum(short_polygons(shape) for _, shape in shapes.shapes)
-    notes = {NO_PIXEL: len(masks) - len(filled), f"{FEW_POINTS}, left out": few}
+    notes = {NO_PIXEL: len(runs) - len(filled), f"{FEW_POINTS}, left out": few}
     return filled, {kind: count for kind, count in notes.items() if count}
+
+
+def _check_image(path: Path, size: tuple[int, int]) -> None:
+    """BadRecord where an image's header says another height and width, or nothing."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            found = image.height, image.width
+    except Image.DecompressionBombError:
+        return  # Pillow's limit is below ours; the packer decides
+    except UNREADABLE as error:
+        raise BadRecord(f"images that do not decode ({type(error).__name__})") from error
+    if found != size:
+        raise BadRecord("images that have another size than their entry")
 
 
 def entries_by_id(lists: list[Json], problems: Problems) -> dict[int, Json]:

@@ -20,7 +20,7 @@ from data_tools.formats.coco_lists import (
     listed_size,
 )
 from data_tools.formats.label_maps import read_codes
-from data_tools.formats.names import file_names, sample_key
+from data_tools.formats.names import MALFORMED, file_names, sample_key
 from data_tools.problems import Problems
 from data_tools.record import Annotation, BadRecord, FormatSource, Record, RecordSegment, fingerprint
 from mf_scale.data.batch import NONE
@@ -41,7 +41,7 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
     try:
         data = json.loads(listing.read_text(encoding="utf-8"))
         records = _records(data, images, maps, vocabulary, str(listing))
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"the annotation file is not COCO panoptic: {type(error).__name__} {error}", where=str(listing)
         ) from error

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.formats.coco_lists import Shapes, check_parts, drawn, load_list, shape_records
-from data_tools.formats.shapes import Layers, need_pycocotools, smallest_first
+from data_tools.formats.coco_lists import check_parts, load_list, runs_in, shape_records
+from data_tools.formats.names import MALFORMED
+from data_tools.formats.shapes import layered, need_pycocotools
 from data_tools.record import Annotation, FormatSource, Record, fingerprint
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -38,7 +39,7 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
         records, notes = shape_records(
             lists, folder, lambda entry: f"{split}/{entry['file_name']}", vocabulary, left_out=frozenset([OTHER])
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"the annotation files are not COCO-Stuff: {type(error).__name__} {error}", where=str(folder)
         ) from error
@@ -47,17 +48,15 @@ def open_source(folder: Path, split: str, vocabulary: Vocabulary) -> FormatSourc
 
 def annotate(record: Record) -> Annotation:
     """Segment map of a record: stuff below things, overlapping things on layers; what is wholly hidden is left out."""
-    shapes: Shapes = record.payload
-    masks, notes = drawn(shapes)
-    layers = Layers(shapes.size)
-    for segment, mask in smallest_first(pair for pair in masks if pair[0].thing):
-        layers.add(segment, mask)
+    shapes, notes = runs_in(record)
+    layers = layered([pair for pair in shapes if pair[0].thing], record.payload.size)
     covered = layers.covered()
-    for segment, mask in (pair for pair in masks if not pair[0].thing):
-        seen = mask & ~covered
+    for segment, runs in (pair for pair in shapes if not pair[0].thing):
+        window = runs.window()
+        seen = runs.inside(window) & ~covered[window]
         if seen.any():
-            covered |= mask  # stuff does not overlap in COCO-Stuff; where it did, the first keeps the pixel
-            layers.add(segment, seen)
+            covered[window] |= seen  # stuff does not overlap in COCO-Stuff; where it did, the first keeps the pixel
+            layers.add(segment, window, seen)
         else:
             notes[HIDDEN] = notes.get(HIDDEN, 0) + 1
     return Annotation(np.stack(layers.maps), layers.segments, notes=notes)

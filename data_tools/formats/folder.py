@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.label_maps import payload_codes, payload_values, semantic_source
+from data_tools.formats.names import MALFORMED
 from data_tools.formats.pairs import IMAGES, MAPS, by_stem, paired_records, require
 from data_tools.record import FormatSource
 from mf_scale.data.ids import IdMeaning
@@ -22,6 +23,8 @@ from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
 LAYOUT = "images[/SPLIT], labels[/SPLIT] and classes.json or classes.txt; --split all if there are no splits"
+LONGEST_ID = 20
+"""Digits of an id; Python refuses to read numbers of thousands."""
 READERS = {"values": payload_values, "rgb": payload_codes, "colors": payload_codes}
 
 
@@ -55,7 +58,7 @@ def _from_json(path: Path) -> tuple[Vocabulary, IdMeaning, str]:
         if encoding == "colors":
             data = {**data, "classes": [{**c, "source_id": _code(c["color"])} for c in data["classes"]]}
             ids = {what: [_code(value) for value in listed] for what, listed in ids.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"the classes cannot be read: {type(error).__name__} {error}",
             where=str(path),
@@ -77,7 +80,9 @@ def _from_text(path: Path) -> tuple[Vocabulary, IdMeaning, str]:
     except UnicodeDecodeError as error:
         raise UserError(f"the classes are not text: {error}", where=str(path)) from error
     heads = [line.partition(":")[0].strip() for line in lines]
-    numbered = bool(lines) and all(":" in line and head.isdecimal() for line, head in zip(lines, heads, strict=True))
+    numbered = bool(lines) and all(
+        ":" in line and head.isdecimal() and len(head) < LONGEST_ID for line, head in zip(lines, heads, strict=True)
+    )
     classes: list[Mapping[str, Any]] = [
         {
             "name": line.partition(":")[2].strip() if numbered else line,

@@ -88,9 +88,8 @@ def annotate_values(
     record: Record, *, values: Callable[[Record], np.ndarray], ids: IdMeaning, vocabulary: Vocabulary
 ) -> Annotation:
     """One segment a class, from a map of class ids."""
-    pixels = values(record)
-    table = ids.table(vocabulary, int(pixels.max()) + 1)
-    return segments_of(pixels, lambda value: (int(table[value]), False), vocabulary)
+    meanings = ids.meanings(vocabulary)
+    return segments_of(values(record), lambda value: (meanings.get(value, UNKNOWN), False), vocabulary)
 
 
 def semantic_source(
@@ -119,7 +118,7 @@ def payload_codes(record: Record) -> np.ndarray:
 def changes_of(
     vocabulary: Vocabulary, ids: IdMeaning, maps: Iterable[Path], listings: Iterable[Path] = (), **more: Any
 ) -> str:
-    """Fingerprint of a source of maps: their names and sizes, its lists, and what an id means."""
+    """Fingerprint of a source of maps: the maps, its lists, and what an id means."""
     declared = {"ids": ids.to_dict(), "classes": [c.source_id for c in vocabulary.classes], **more}
     files = fingerprint(listings, sorted(maps))
     return hashlib.sha256((files + json.dumps(declared, sort_keys=True)).encode()).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_tools.formats.coco_instances import annotate
 from data_tools.formats.coco_lists import Json, load_list, shape_records
+from data_tools.formats.names import MALFORMED
 from data_tools.formats.shapes import need_pycocotools
 from data_tools.problems import Problems
 from data_tools.record import FormatSource, fingerprint
@@ -34,7 +35,7 @@ def open_version(version: str, folder: Path, split: str, vocabulary: Vocabulary)
         records, notes = shape_records(
             [load_list(listing)], folder, place, vocabulary, federated=partial(federated, vocabulary)
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"the annotation file is not LVIS: {type(error).__name__} {error}", where=str(listing)
         ) from error

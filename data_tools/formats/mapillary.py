@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats.label_maps import changes_of, payload_values, segments_of
+from data_tools.formats.names import MALFORMED
 from data_tools.formats.pairs import IMAGES, MAPS, by_stem, paired_records, require
 from data_tools.record import Annotation, FormatSource, Record
 from mf_scale.data.ids import IdMeaning
@@ -70,7 +71,7 @@ def _configured(vocabulary: Vocabulary, folder: Path, names: tuple[str, ...]) ->
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
         listed = [(str(label["readable"]), bool(label["instances"])) for label in labels]
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(f"the config cannot be read: {type(error).__name__} {error}", where=str(path)) from error
     for wanted in vocabulary.classes:
         name = listed[wanted.source_id][0] if wanted.source_id < len(listed) else "no class"

@@ -28,12 +28,14 @@ NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8
 """Types of an element that hold numbers, as numpy calls them."""
 DOUBLE, UINT64, COMPLEX = 6, 15, 0x0800
 """First and last class of matrices of numbers; flag of a complex one."""
+LARGEST = (1 << 16) - 1
+"""Value of a class that other label maps have room for as well."""
 LIMIT = 1 << 28
 """An element that unpacks to more bytes is refused."""
 
 
 def read_matrix(path: Path, name: str) -> np.ndarray:
-    """Variable `name` of a MATLAB 5 file, whole numbers from 0 on, uint16 or int32 [H,W]. Raises BadRecord."""
+    """Variable `name` of a MATLAB 5 file, whole numbers, uint16 [H,W]. Raises BadRecord."""
     try:
         data = path.read_bytes()
         order = ORDERS.get(data[HEADER - 4 : HEADER])
@@ -92,6 +94,6 @@ def _matrix(content: bytes, wanted: str, order: str) -> np.ndarray | None:
 
 
 def _whole(values: np.ndarray, name: str) -> np.ndarray:
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() >= 2**31 or (values % 1).any():
-        raise BadRecord(f"MATLAB files whose {name} holds something else than whole numbers from 0 on")
-    return values.astype(np.uint16 if values.max() < 1 << 16 else np.int32)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > LARGEST or (values % 1).any():
+        raise BadRecord(f"MATLAB files whose {name} holds something else than whole numbers from 0 to {LARGEST}")
+    return values.astype(np.uint16)

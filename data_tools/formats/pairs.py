@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.encode import SUFFIXES
-from data_tools.formats.names import sample_key
+from data_tools.formats.names import check_name, sample_key
 from data_tools.problems import Problems
 from data_tools.record import Record
 from mf_scale.errors import UserError
 
 IMAGES = tuple(SUFFIXES)
 MAPS = (".png",)
-REMEDY = "Repair these files or take them out; nothing was packed."
+REMEDY = "Repair these files, rename them or take them out; nothing was packed."
 
 
 def require(path: Path, layout: str) -> Path:
@@ -27,17 +27,18 @@ def require(path: Path, layout: str) -> Path:
 
 
 def by_stem(folders: Iterable[Path], suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
-    """Files by their name without suffix and `ending`; UserError where two have the same."""
+    """Files by their name without suffix and `ending`; UserError where two have the same or one is not UTF-8."""
     found: dict[str, Path] = {}
     problems = Problems()
     for folder in folders:
         for path in folder.iterdir():
             if path.suffix.lower() in suffixes and path.stem.endswith(ending):
+                check_name(path.name, problems)
                 stem = path.stem.removesuffix(ending)
                 if stem in found:
                     problems.add("files of one name", f"{found[stem]} and {path}")
                 found[stem] = path
-    problems.refuse(f"{len(problems)} files cannot be told apart", where="", remedy=REMEDY)
+    problems.refuse(f"{len(problems)} files cannot be packed by their names", where="", remedy=REMEDY)
     return found
 
 

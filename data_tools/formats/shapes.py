@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from data_tools.formats.names import MALFORMED
 from data_tools.record import BadRecord, RecordSegment
 from mf_scale.data.batch import NONE
 from mf_scale.errors import UserError
@@ -22,6 +23,8 @@ LEAST_NUMBERS = 6
 MOST_OUTLINE = 1 << 22
 """Pixels along a polygon; pycocotools takes 40 bytes for each."""
 FEW_POINTS = "polygons of fewer than three points"
+Window = tuple[slice, slice]
+"""Rows and columns of a box in an image."""
 
 
 def need_pycocotools(what: str) -> None:
@@ -32,25 +35,65 @@ def need_pycocotools(what: str) -> None:
         raise UserError(f"{what} is read with pycocotools", remedy="pip install pycocotools") from error
 
 
+@dataclass(frozen=True)
+class Runs:
+    """A mask as run lengths: little memory, whatever its size, until it is drawn."""
+
+    lengths: np.ndarray
+    """int64 [N]: of pixels outside and inside in turn, down the columns; they add up to the pixels of the image."""
+    size: tuple[int, int]
+    """Height and width of the image."""
+
+    @property
+    def area(self) -> int:
+        """Pixels inside."""
+        return int(self.lengths[1::2].sum())
+
+    def window(self) -> Window:
+        """The smallest box that holds every pixel inside, of which there must be one."""
+        height = self.size[0]
+        ends = np.cumsum(self.lengths)[1::2]
+        lengths = self.lengths[1::2]
+        ends, lengths = ends[lengths > 0], lengths[lengths > 0]
+        first, last = ends - lengths, ends - 1
+        columns = slice(int(first[0]) // height, int(last[-1]) // height + 1)
+        if (first // height != last // height).any():  # from the foot of a column to the head of the next
+            return slice(0, height), columns
+        return slice(int((first % height).min()), int((last % height).max()) + 1), columns
+
+    def inside(self, window: Window) -> np.ndarray:
+        """The pixels inside within a box, bool [h,w]."""
+        height, (rows, columns) = self.size[0], window
+        edges = np.clip(np.append(0, np.cumsum(self.lengths)), columns.start * height, columns.stop * height)
+        odd = np.arange(len(self.lengths)) % 2 == 1
+        return np.repeat(odd, np.diff(edges)).reshape(-1, height).T[rows]
+
+
 def draw(shape: Any, size: tuple[int, int]) -> np.ndarray:
-    """Polygons, or run lengths packed or as a list -> bool [H,W]; BadRecord for anything else."""
+    """A shape as `runs_of` takes it -> bool [H,W]. Raises BadRecord."""
+    return runs_of(shape, size).inside((slice(0, size[0]), slice(0, size[1])))
+
+
+def runs_of(shape: Any, size: tuple[int, int]) -> Runs:
+    """Run lengths of polygons, or of run lengths packed or as a list; BadRecord for anything else."""
     try:
         if isinstance(shape, list):
             shape = _outline(shape, size)
         counts, stated = shape["counts"], tuple(int(n) for n in shape["size"])
         lengths = np.asarray(counts, np.int64) if isinstance(counts, list) else _unpack(counts)
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+    except MALFORMED as error:
         raise BadRecord("shapes that are neither polygons nor run lengths") from error
     if stated != size:
         raise BadRecord("masks whose size is not that of the image entry")
-    if lengths.ndim != 1 or (lengths < 0).any() or lengths.sum() != size[0] * size[1]:
+    pixels = size[0] * size[1]
+    # Each by itself first: a sum of 64 bits that overflows may come out right.
+    if lengths.ndim != 1 or (lengths < 0).any() or (lengths > pixels).any() or lengths.sum() != pixels:
         raise BadRecord("run lengths that do not add up to the size of the image")
-    inside = np.arange(len(lengths)) % 2 == 1
-    return np.repeat(inside, lengths).reshape(size[::-1]).T
+    return Runs(lengths, size)
 
 
 def short_polygons(shape: Any) -> int:
-    """Polygons of a shape that have fewer than three points; `draw` leaves them out."""
+    """Polygons of a shape that have fewer than three points; they are not drawn."""
     return sum(len(polygon) < LEAST_NUMBERS for polygon in shape) if isinstance(shape, list) else 0
 
 
@@ -99,16 +142,13 @@ class Layers:
         """int32 [H,W] each: index into segments, or NONE."""
         self.segments: list[RecordSegment] = []
 
-    def add(self, segment: RecordSegment, mask: np.ndarray) -> None:
-        """Lay a segment with at least one pixel on the lowest layer where its pixels are free."""
-        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-        window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        part = mask[window]
-        free = (i for i, layer in enumerate(self.maps) if (layer[window][part] == NONE).all())
+    def add(self, segment: RecordSegment, window: Window, inside: np.ndarray) -> None:
+        """Lay a segment, bool [h,w] in a box, on the lowest layer where its pixels are free."""
+        free = (i for i, layer in enumerate(self.maps) if (layer[window][inside] == NONE).all())
         place = next(free, len(self.maps))
         if place == len(self.maps):
-            self.maps.append(np.full(mask.shape, NONE, np.int32))
-        self.maps[place][window][part] = len(self.segments)
+            self.maps.append(np.full(self.maps[0].shape, NONE, np.int32))
+        self.maps[place][window][inside] = len(self.segments)
         self.segments.append(replace(segment, layer=place))
 
     def covered(self) -> np.ndarray:
@@ -116,9 +156,13 @@ class Layers:
         return np.logical_or.reduce([layer != NONE for layer in self.maps])
 
 
-def smallest_first(masks: Iterable[tuple[RecordSegment, np.ndarray]]) -> list[tuple[RecordSegment, np.ndarray]]:
-    """By area: the smaller takes the lower layer, which is the one that the semantic map shows."""
-    return sorted(masks, key=lambda pair: int(pair[1].sum()))
+def layered(shapes: Iterable[tuple[RecordSegment, Runs]], size: tuple[int, int]) -> Layers:
+    """Shapes by area: the smaller takes the lower layer, which is the one that the semantic map shows."""
+    layers = Layers(size)
+    for segment, runs in sorted(shapes, key=lambda pair: pair[1].area):
+        window = runs.window()
+        layers.add(segment, window, runs.inside(window))
+    return layers
 
 
 def compact_polygons(shape: Any) -> Any:

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_tools.pack import PackOptions, is_finished, plan_pack, run_pack
+from data_tools.pack import PackOptions, plan_pack, run_pack
 from data_tools.record import Annotation, FormatSource, Record, RecordSegment
+from data_tools.target import prepare
 from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config
 from mf_scale.data.batch import NONE
@@ -65,7 +66,7 @@ def painted_source(folder: Path) -> Index:
         records.append(Record(file.stem, file, {}, number))
     source = FormatSource(VOCABULARY_4, records, annotate, "painted", "panoptic")
     packing = plan_pack(source, folder / "packed", PackOptions("painted", "val", "2", 0, "none", "none"))
-    assert not is_finished(packing, overwrite=False)
+    prepare(packing.folder, packing.plan, overwrite=False)
     run_pack(packing, workers=1, progress=lambda **k: tqdm(disable=True, **k))
     return Index.open(folder / "packed")
 

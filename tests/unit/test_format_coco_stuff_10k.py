@@ -100,6 +100,8 @@ def test_release_1_0_is_refused(tree, tmp_path, capsys):
         {"S": np.zeros((3, 4, 5))},
         {"S": np.full((4, 4), 0.5)},
         {"S": np.full((4, 4), -1.0)},
+        {"S": np.array([[1, 1 << 16]], np.int32)},
+        {"S": np.array([[1, 2**31 - 1]], np.int32)},  # a table as long would take 8 GiB
     ],
 )
 def test_files_without_a_matrix_of_ids_are_refused(tree, content):

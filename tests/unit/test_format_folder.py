@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.formats.label_maps import changes_of, read_codes, read_values
-from data_tools.record import BadRecord
+from data_tools import record
+from data_tools.formats.label_maps import annotate_values, changes_of, payload_codes, read_codes, read_values
+from data_tools.record import BadRecord, Record
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.ids import IdMeaning
 from mf_scale.vocabulary import ClassInfo, Vocabulary
@@ -179,6 +182,37 @@ def test_the_fingerprint_changes_with_what_an_id_means():
     assert CLASSES.digest == swapped.digest  # names and kinds alone
     changes = {changes_of(*meaning, []) for meaning in ((CLASSES, ignored), (CLASSES, background), (swapped, ignored))}
     assert len(changes) == 3
+
+
+@pytest.mark.parametrize("hashed", [1 << 20, 0])
+def test_the_fingerprint_changes_with_a_corrected_map_and_not_with_a_copy(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(record, "HASHED", hashed)
+    for city in "ab":
+        save_map(tmp_path / "maps" / city / "x.png", np.full((3, 4), ord(city)))
+    sizes = {path.stat().st_size for path in (tmp_path / "maps").glob("*/x.png")}
+    assert len(sizes) == 1
+
+    def found(folder: Path) -> str:
+        return changes_of(CLASSES, IdMeaning(), folder.glob("*/*.png"))
+
+    before = found(tmp_path / "maps")
+    shutil.copytree(tmp_path / "maps", tmp_path / "copy", copy_function=shutil.copy2 if hashed == 0 else shutil.copy)
+    assert found(tmp_path / "copy") == before
+    save_map(tmp_path / "copy" / "a" / "x.png", np.full((3, 4), ord("c")))
+    assert {path.stat().st_size for path in (tmp_path / "copy").glob("*/x.png")} == sizes
+    assert found(tmp_path / "copy") != before
+    (tmp_path / "maps" / "b").rename(tmp_path / "maps" / "d")  # the same files in another folder
+    assert found(tmp_path / "maps") != before
+
+
+def test_one_large_value_takes_no_memory(tmp_path):
+    save_map(tmp_path / "a.png", np.full((3, 4), 0xFFFFFF), "RGB")
+    one = Record("a", tmp_path / "a.png", {}, tmp_path / "a.png")
+    tracemalloc.start()
+    with pytest.raises(BadRecord, match="value 16777215"):
+        annotate_values(one, values=payload_codes, ids=IdMeaning(), vocabulary=CLASSES)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def png(path: Path, depth: int, colour: int, rows: list[bytes], size: tuple[int, int]) -> Path:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from data_tools.formats.shapes import Layers, compact_polygons, draw, short_polygons, smallest_first
+from data_tools.formats.shapes import compact_polygons, draw, layered, runs_of, short_polygons
 from data_tools.record import BadRecord, RecordSegment
 from tests.unit.packed_formats import SAMPLE
 
@@ -55,6 +55,7 @@ def test_run_lengths_come_back_packed_and_as_a_list(size, share):
         ({"size": SIZE, "counts": ""}, "neither"),  # pycocotools would return whatever was in memory
         ({"size": SIZE, "counts": [600 - 1]}, "add up"),
         ({"size": SIZE, "counts": [700, -100]}, "add up"),
+        ({"size": SIZE, "counts": [2**62] * 4 + [600]}, "add up"),  # the sum of 64 bits comes out right
         ({"size": SIZE, "counts": "!!"}, "neither"),
         ({"size": SIZE, "counts": "o" * 12 + "0"}, "neither"),
         ({"size": SIZE, "counts": "ä"}, "neither"),
@@ -91,9 +92,8 @@ def test_overlapping_masks_keep_every_pixel_on_few_layers():
         mask = np.zeros(SIZE, bool)
         mask[top : top + rng.integers(1, 6), left : left + rng.integers(1, 6)] = True
         masks.append((RecordSegment(number % 5, 0, True, False, number), mask))
-    layers = Layers(SIZE)
-    for segment, mask in smallest_first(masks):
-        layers.add(segment, mask)
+    packed = [(segment, rle.encode(np.asfortranarray(mask.astype(np.uint8)))) for segment, mask in masks]
+    layers = layered([(segment, runs_of(shape, SIZE)) for segment, shape in packed], SIZE)
     by_id = {segment.source_id: mask for segment, mask in masks}
     areas = []
     for number, segment in enumerate(layers.segments):
@@ -104,3 +104,16 @@ def test_overlapping_masks_keep_every_pixel_on_few_layers():
             assert (lower[by_id[segment.source_id]] >= 0).any()
     assert areas == sorted(areas) and len(layers.segments) == 40 and 1 < len(layers.maps) < 15
     assert (layers.covered() == np.logical_or.reduce([mask for _, mask in masks])).all()
+
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.9])
+def test_a_shape_is_drawn_in_the_smallest_box(share):
+    rng = np.random.default_rng(1)
+    for height, width in (*rng.integers(1, 40, (60, 2)), (600, 1), (1, 600)):
+        mask = rng.random((height, width)) < share
+        mask[rng.integers(height), rng.integers(width)] = True
+        runs = runs_of(rle.encode(np.asfortranarray(mask.astype(np.uint8))), mask.shape)
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        assert runs.window() == window and runs.area == mask.sum()
+        assert (runs.inside(window) == mask[window]).all() and runs.inside(window).shape == mask[window].shape

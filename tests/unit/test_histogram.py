@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,36 @@ def test_histograms_merge_as_if_counted_at_once():
     assert left == whole and left.widest == 32 and left.example == {1: "k0", 2: "k0", 3: "k1", 9: "k2"}
     report = judge_ids(left, IdMeaning(ignore=(9,)), classes(3), total=7, accept=False)
     assert report.class_pixels.tolist() == [2, 2, 4] and report.total == 7
+
+
+@pytest.mark.parametrize("ignored", [(), (0xFFFFFF,)])
+def test_one_large_value_takes_no_memory(ignored):
+    histogram = Histogram()
+    histogram.add("a", {1: 5, 2: 5, 0xFFFFFF: 2}, 32)
+    tracemalloc.start()
+    if ignored:
+        report = judge_ids(histogram, IdMeaning(ignore=ignored), classes(2), total=1, accept=False)
+        assert report.ignored == 2
+    else:
+        with pytest.raises(UserError, match="16777215"):
+            judge_ids(histogram, IdMeaning(), classes(2), total=1, accept=False)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"ignore": "255"}, "not a list"),
+        ({"ignore": [255.7]}, "255.7 is not a whole number"),
+        ({"offset": True}, "True is not a whole number"),
+        ({"offset": -1.9}, "not a whole number"),
+        ({"ignore": [-1]}, "-1 is no value of a map"),
+        ({"ignore": [255, 255]}, "255 is listed twice"),
+        ({"ignore": [3], "background": [3]}, "3 is listed twice"),
+        ({"ignored": [3]}, "unknown"),
+    ],
+)
+def test_a_meaning_is_read_as_it_was_written(data, said):
+    with pytest.raises(UserError, match=said):
+        IdMeaning.from_dict(data, where="classes.json")

@@ -215,12 +215,23 @@ def test_cut_joined_and_damaged_tars_are_refused(tmp_path):
     assert f"the header at byte {header} is broken" in problems_of(tmp_path / "bad.tar")
     (tmp_path / "bad.tar").write_bytes(data + data)
     assert "goes on behind its end" in problems_of(tmp_path / "bad.tar")
+    for zeros in (0, 300):
+        (tmp_path / "bad.tar").write_bytes(data[:header] + bytes(zeros))
+        assert "it ends without an end block" in problems_of(tmp_path / "bad.tar")
     (tmp_path / "bad.tar").write_bytes(gzip.compress(data))
     assert "it is compressed (gzip)" in problems_of(tmp_path / "bad.tar")
     (tmp_path / "bad.tar").write_bytes(b"")
     assert "empty file" in problems_of(tmp_path / "bad.tar")
     (tmp_path / "bad.tar").write_bytes(bytes(10240))
     assert "tars without a sample: 1 (bad.tar)" in problems_of(tmp_path / "bad.tar")
+
+
+def test_a_name_of_thousands_of_headers_is_told(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = b"L", 4
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"abc\0".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(block * 5000)
+    assert "tars that cannot be read: 1 (x.tar: thousands of headers" in problems_of(tmp_path / "x.tar")
 
 
 def test_links_strange_names_and_folders(tmp_path):
@@ -248,6 +259,15 @@ def test_compressed_shards_are_refused_with_a_remedy(folder, capsys):
     assert index(folder, "--labels", "png") == 2
     said = capsys.readouterr().err
     assert "1 shards are compressed (a.tar.gz)" in said and "gunzip" in said
+
+
+def test_oddly_named_shards_are_refused_before_they_are_read(folder, capsys):
+    for name in ("train (1).tar", "straße.tar", ".hidden.tar", "good.tar"):
+        (folder / name).write_bytes(b"would be refused, too, if it were read")
+    assert index(folder) == 2
+    said = capsys.readouterr().err
+    assert "shards whose names are not plain: 3 (.hidden.tar, straße.tar, train (1).tar)" in said
+    assert "letters, digits, _ . + = , @ -" in said and "cannot be read" not in said
 
 
 def test_an_index_does_not_depend_on_the_number_of_processes(tmp_path):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from data_tools import commands
 from data_tools.__main__ import main
-from tests.unit.packing import SAMPLE, VOCABULARY, files_of, pack
+from tests.unit.packing import ROOT, SAMPLE, VOCABULARY, files_of, pack
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +113,46 @@ def test_an_interrupt_is_one_line(packed, tmp_path, capsys, monkeypatch, command
     lines = capsys.readouterr().err.splitlines()
     goes_on = "; the same command goes on where it stopped" if command == "pack" else ""
     assert lines[-1] == f"interrupted{goes_on}" and "Traceback" not in "".join(lines)
+
+
+FAULTS = {"EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENETDOWN", "ENETUNREACH", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH",
+          "ESHUTDOWN", "EAGAIN"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*sorted(FAULTS), "ENOSPC", "EDQUOT", "EACCES", "ENAMETOOLONG"])
+def test_a_fault_of_the_file_system_is_75_and_what_a_person_must_mend_is_2(capsys, monkeypatch, name):
+    def fail(_):
+        raise OSError(getattr(errno, name), "said", "/lustre/a.jpg")
+
+    monkeypatch.setattr(commands, "verify", fail)
+    assert main(["verify", "x"]) == (75 if name in FAULTS else 2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "/lustre/a.jpg" in said
+    assert ("Check the file system" in said) == (name in FAULTS)
+
+
+@pytest.mark.parametrize("command", ["stats", "pack"])
+def test_a_reader_that_leaves_changes_nothing(packed, tmp_path, command):
+    """As in `stats SRC | head`: the work is done, and nobody is told."""
+    arguments = ["stats", str(packed), "--json", str(tmp_path / "counts.json")]
+    if command == "pack":
+        arguments = [a.format(tmp=tmp_path) for a in VAL] + ["--shard-size", "5"]
+    left, right = os.pipe()
+    os.close(left)
+    run = subprocess.run(
+        [sys.executable, "-m", "data_tools", *arguments],
+        stdout=right, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )  # fmt: skip
+    os.close(right)
+    assert run.returncode == 0 and "rror" not in run.stderr, run.stderr
+    if command == "pack":
+        assert files_of(tmp_path / "out") == files_of(packed)
+    else:
+        assert json.loads((tmp_path / "counts.json").read_text())["samples"] == 13
+
+
+def test_a_report_may_hold_half_a_surrogate_pair(tmp_path):
+    """JSON can carry it, UTF-8 cannot: it is written as JSON does."""
+    commands._write_json(tmp_path / "r.json", {"reason": "caf\ud800 \N{SNOWMAN}"})
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {"reason": "caf\ud800 \N{SNOWMAN}"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.formats import FORMATS
+from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
 
 FOLDER = Path(__file__).parents[2] / "data_tools" / "vocabularies"
@@ -83,3 +84,42 @@ def test_mapillary_keeps_its_classes_between_versions():
     things = dict(zip(new.names, new.things, strict=True))
     kept = [c for c in old.classes if c.name in things]
     assert len(kept) >= 55 and all(things[c.name] == c.thing for c in kept)
+
+
+def one_class(**more) -> dict:
+    return {"name": "v", "classes": [{"name": "x", "thing": True, "source_id": 1, **more}]}
+
+
+def test_bands_are_read_in_full_or_by_letter_and_nothing_else():
+    said: dict[str | None, str | None] = {
+        "r": "rare",
+        "c": "common",
+        "f": "frequent",
+        "rare": "rare",
+        "frequent": "frequent",
+        None: None,
+    }
+    for frequency, band in said.items():
+        assert Vocabulary.from_dict(one_class(frequency=frequency)).classes[0].frequency == band
+    assert Vocabulary.from_dict(one_class()).classes[0].frequency is None
+    for wrong in ("often", "", 3, ["rare"], True):
+        with pytest.raises(UserError, match="is none of rare, common, frequent"):
+            Vocabulary.from_dict(one_class(frequency=wrong))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        json.dumps(one_class(source_id=float("inf"))),
+        json.dumps(one_class(name="\ud800")),
+        json.dumps({**one_class(), "name": "\udfff"}),
+        "3",
+        '"a"',
+        "[1]",
+    ],
+)
+def test_a_malformed_file_is_refused(tmp_path, text):
+    (tmp_path / "v.json").write_text(text)
+    with pytest.raises(UserError, match=r"is not JSON|cannot be read"):
+        Vocabulary.load(tmp_path / "v.json")
