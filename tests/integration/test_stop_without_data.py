@@ -42,6 +42,8 @@ class Answer(BaseHTTPRequestHandler):
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         body = data[int(found[1]) : int(found[2]) + 1] if found else data
         self.send_response(206 if found else 200)
+        if found:
+            self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(body) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
