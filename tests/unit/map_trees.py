@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.__main__ import main
 from data_tools.source import open_reader
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.decode import none_value
@@ -125,10 +124,6 @@ def save_map(path: Path, values: np.ndarray, mode: str = "L") -> None:
 
 
 TWO_PROCESSES = ("--workers", "2", "--shard-size", "2")
-
-
-def pack(kind: str, source: Path, target: Path, split: str, *options: str) -> int:
-    return main(["pack", kind, str(source), str(target), "--split", split, "--workers", "1", *options])
 
 
 def check_packed(target: Path, truths: dict[str, Truth]) -> Index:

@@ -13,7 +13,6 @@ from tests.unit.map_trees import (
     TWO_PROCESSES,
     check_packed,
     ids_of,
-    pack,
     panoptic_truth,
     save_image,
     save_map,
@@ -21,6 +20,7 @@ from tests.unit.map_trees import (
     semantic_truth,
     vocabulary,
 )
+from tests.unit.packed_formats import pack
 
 CLASSES = vocabulary("ade20k_150")
 SCENES = scenes(CLASSES, 6)

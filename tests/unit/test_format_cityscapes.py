@@ -14,7 +14,6 @@ from tests.unit.map_trees import (
     Truth,
     check_packed,
     ids_of,
-    pack,
     panoptic_truth,
     save_image,
     save_map,
@@ -22,6 +21,7 @@ from tests.unit.map_trees import (
     semantic_truth,
     vocabulary,
 )
+from tests.unit.packed_formats import pack
 
 CLASSES = vocabulary("cityscapes_19")
 SCENES = scenes(CLASSES, 5)

@@ -20,7 +20,8 @@ from data_tools.record import BadRecord, Record
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.ids import IdMeaning
 from mf_scale.vocabulary import ClassInfo, Vocabulary
-from tests.unit.map_trees import TWO_PROCESSES, Truth, check_packed, pack, save_image, save_map, scenes, semantic_truth
+from tests.unit.map_trees import TWO_PROCESSES, Truth, check_packed, save_image, save_map, scenes, semantic_truth
+from tests.unit.packed_formats import pack
 
 NAMES = ("person", "vehicle", "animal", "ground", "plants")
 CLASSES = Vocabulary("mine", tuple(ClassInfo(name, i < 3, i) for i, name in enumerate(NAMES)))

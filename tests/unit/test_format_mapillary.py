@@ -16,13 +16,13 @@ from tests.unit.map_trees import (
     Scene,
     check_packed,
     ids_of,
-    pack,
     panoptic_truth,
     save_image,
     save_map,
     scenes,
     vocabulary,
 )
+from tests.unit.packed_formats import pack
 
 V12, V20 = vocabulary("mapillary_v1.2_65"), vocabulary("mapillary_v2.0_123")
 CASES = {"mapillary_v1.2": (V12, "v1.2"), "mapillary_v2.0": (V20, "v2.0")}

@@ -19,7 +19,6 @@ from tests.unit.map_trees import (
     Truth,
     check_packed,
     ids_of,
-    pack,
     panoptic_truth,
     save_image,
     save_map,
@@ -27,6 +26,7 @@ from tests.unit.map_trees import (
     semantic_truth,
     vocabulary,
 )
+from tests.unit.packed_formats import pack
 
 VOC, VOC_SEMANTIC = vocabulary("pascal_voc_20"), vocabulary("pascal_voc_21")
 SCENES = scenes(VOC, 6)
