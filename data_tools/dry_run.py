@@ -8,13 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from data_tools.encode import encode_sample
 from data_tools.pack import Packing
 from data_tools.parallel import each, tick
 from data_tools.problems import Problems
-from data_tools.record import Annotation, BadRecord, Record
+from data_tools.record import Annotation, BadRecord, Record, spread_over
 
 BLOCK = 512
 """A tar's members begin and end at multiples of it."""
@@ -41,9 +39,7 @@ class Trial:
 
 def try_samples(packing: Packing, *, most: int, workers: int, progress: Callable[..., Any]) -> Trial:
     """Try `most` samples (0: all); raises UserError with the counts where some cannot be packed."""
-    records = packing.source.records
-    if most and most < len(records):
-        records = [records[i] for i in np.linspace(0, len(records) - 1, most).round().astype(int)]
+    records = spread_over(packing.source.records, most)
     jobs = [(packing.source.annotate, record) for record in records]
     trial, problems = Trial(total=len(packing.source.records)), Problems()
     with (

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.parallel import each, tick
 from data_tools.problems import Problems
-from data_tools.record import BadRecord, FormatSource, Record
+from data_tools.record import BadRecord, FormatSource, Record, spread_over
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.ids import IdMeaning
 from mf_scale.errors import UserError
@@ -128,9 +128,7 @@ def count_values(source: FormatSource, *, workers: int, most: int, progress: Cal
     """Histogram over `most` maps spread evenly (0: all), read by `workers` processes; UserError naming broken ones."""
     if source.values is None:
         raise ValueError("this source has no maps of values")
-    records = source.records
-    if most and most < len(records):
-        records = [records[i] for i in np.linspace(0, len(records) - 1, most).round().astype(int)]
+    records = spread_over(source.records, most)
     histogram, problems = Histogram(), Problems()
     jobs = [(source.values, record) for record in records]
     with (

@@ -80,6 +80,13 @@ class FormatSource:
     """Worth telling of the lists, counted by kind: images without annotation, …"""
 
 
+def spread_over(records: list[Record], most: int) -> list[Record]:
+    """`most` of the records (0: all), evenly from the first to the last."""
+    if not most or most >= len(records):
+        return records
+    return [records[i] for i in np.linspace(0, len(records) - 1, most).round().astype(int)]
+
+
 def fingerprint(lists: Iterable[Path], maps: Iterable[Path] = ()) -> str:
     """sha256 over the contents of lists, and over the places and contents of maps.
 

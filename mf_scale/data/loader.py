@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -87,13 +87,19 @@ class RankStream(IterableDataset[Any]):
             yield error
 
     def _part(self, step: int, lanes: np.ndarray, makers: Mapping[str, _SourceMaker], note: Note) -> Batch:
-        samples: list[ModelSample] = []
-        keys: list[str] = []
-        events: list[dict[str, Any]] = []
+        made: list[_Made] = []
         images = np.empty((len(lanes), 3, *self.config.crop), np.uint8)
         for stream, own in self.state.at(step).split(lanes):
-            makers[stream.digest].make(stream, own, step, note, images, samples, keys, events)
-        return collate(samples, keys, events, images)
+            places = images[len(made) : len(made) + len(own)]
+            made += makers[stream.digest].make(stream, own, step, places, note)
+        events = [event for one in made for event in one.events]
+        return collate([one.sample for one in made], [one.key for one in made], events, images)
+
+
+class _Made(NamedTuple):
+    sample: ModelSample
+    key: str
+    events: list[dict[str, Any]]
 
 
 class _SourceMaker:
@@ -104,26 +110,14 @@ class _SourceMaker:
         self.reader = make_reader(index, config, sources)
         self.rules = train_rules(index, config.task)
 
-    def make(
-        self,
-        stream: Stream,
-        lanes: np.ndarray,
-        step: int,
-        note: Note,
-        images: np.ndarray,
-        samples: list[ModelSample],
-        keys: list[str],
-        events: list[dict[str, Any]],
-    ) -> None:
-        """Append the samples of some of the stream's lanes at `step`, in lane order; each image to its place."""
+    def make(self, stream: Stream, lanes: np.ndarray, step: int, images: np.ndarray, note: Note) -> Iterator[_Made]:
+        """The samples of some of the stream's lanes at `step`, in lane order; the images go into `images`."""
         places = positions(stream, step)[lanes]
-        for lane, position, sample_id in zip(lanes, places, self.order.sample_ids(places), strict=True):
+        for lane, position, sample_id, image in zip(lanes, places, self.order.sample_ids(places), images, strict=True):
             note(self.number, int(sample_id))
-            stored, happened = self.reader.load(int(sample_id), int(lane) if stream.shuffle == "blocks" else None)
+            stored, events = self.reader.load(int(sample_id), int(lane) if stream.shuffle == "blocks" else None)
             generator = sample_generator(stream.own_seed, int(position))
-            samples.append(training_sample(stored, self.config, self.rules, generator, images[len(samples)]))
-            keys.append(stored.key)
-            events += happened
+            yield _Made(training_sample(stored, self.config, self.rules, generator, image), stored.key, events)
 
 
 def train_rules(index: Index, task: str) -> TargetRules:
