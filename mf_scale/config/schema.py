@@ -20,6 +20,7 @@ from mf_scale.config.train_schema import (
     CheckpointConfig,
     EmaConfig,
     GuardConfig,
+    LaunchConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
@@ -221,3 +222,5 @@ class Config:
     """Validation and inference."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """W&B."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Requeueing."""

@@ -67,8 +67,10 @@ class TrainConfig:
     """With init_from: allow another vocabulary and start the class head anew (also as the option --reinit-head)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    collective_timeout: int = 600
+    collective_timeout: int = 900
     """Seconds a rank waits for its peers in one collective before it gives the run up."""
+    hang_timeout: int = 600
+    """Seconds without a sign of life after which a rank writes its stacks into the run directory and ends; 0: never."""
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1", "SIGINT"])
     """Signals that ask the run to commit its state and stop (exit code 85)."""
     stop_before: float = 2.0
@@ -135,3 +137,11 @@ class CheckpointConfig:
     """Keep the checkpoint with the lowest validation loss as well."""
     asynchronous: bool = True
     """Write behind the training, which waits for a copy into host memory only; false: wait for the commit."""
+
+
+@dataclass
+class LaunchConfig:
+    """How launch/multinode.sh brings a run back. Further: a newer checkpoint, or a step that no start had reached."""
+
+    fruitless_starts: int = 5
+    """Starts in a row that brought the run no further after which a SLURM job is not requeued any more."""

@@ -49,6 +49,26 @@ def _read(environment: Mapping[str, str], *names: str) -> World:
     return World(rank, size, local_rank)
 
 
+@dataclass(frozen=True)
+class JobStart:
+    """Which start of which SLURM job this process belongs to."""
+
+    job: str
+    """Its id; of a task of an array ARRAY_TASK, as SLURM's commands print it."""
+    restart: int
+    """How often SLURM has requeued it."""
+
+
+def job_start(environment: Mapping[str, str] = os.environ) -> JobStart | None:
+    """The start this process belongs to; None outside a job."""
+    job = environment.get("SLURM_JOB_ID", "")
+    if not job.isdecimal():
+        return None
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    restart = environment.get("SLURM_RESTART_COUNT", "0")
+    return JobStart(f"{array}_{task}" if array and task else job, int(restart) if restart.isdecimal() else 0)
+
+
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """GPUs this process may use, counted without loading torch."""
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
