@@ -1,31 +1,17 @@
 #!/usr/bin/env bash
-# Train on this machine without SLURM, starting again whenever a rank was asked to stop (exit code 85) or storage or
-# network failed (75), as a cluster would requeue the job.
+# Train on this machine without SLURM, through torch's elastic launcher; comes back by itself.
 #   launch/local.sh CONFIG [key=value ...] [--processes N]
-# Ctrl-C or TERM to this script stops for good: the state is committed, and the same command goes on.
+# 0 done, 2 a mistake and 3 a guard end it. Ctrl-C or TERM to this script stops for good: the state is committed (85),
+# and the same command goes on. Whatever else ended the ranks (a stop request to one of them, one that was killed,
+# storage or network that failed), they start again from the last commit, until launch.fruitless_starts of them in a
+# row came no further. Killed outright (-9) it takes its ranks along.
+# On several machines that share the run directory and the data, the same command on each of them with
+#   MF_NNODES=2 MF_RDZV_ENDPOINT=HOST:PORT launch/local.sh ...
+# HOST is one of the machines, PORT is free there. All have the same number of ranks; a machine that was away joins
+# again by the same command.
 set -u
-stopped=0
-pid=
-trap 'stopped=1; [ -n "$pid" ] && kill -TERM "$pid" 2>/dev/null' TERM INT
-while :; do
-  [ "$stopped" -eq 0 ] || exit 85
-  began=$SECONDS
-  mf-scale train "$@" &
-  pid=$!
-  # A stop between the last test and this line found no process to pass it to.
-  [ "$stopped" -eq 0 ] || kill -TERM "$pid" 2>/dev/null
-  wait "$pid"
-  # A trapped signal ends `wait` early; the last `wait` gives the true exit code.
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
-  wait "$pid"
-  code=$?
-  # 85: stopped on request, state committed; 75: storage or network failed, go on from the last commit.
-  case "$code" in 85|75) [ "$stopped" -eq 0 ] || exit "$code" ;; *) exit "$code" ;; esac
-  # A run that ends again soon after every start would go round for ever.
-  if [ $((SECONDS - began)) -lt 60 ]; then short=$((${short:-0} + 1)); else short=0; fi
-  if [ "$short" -ge 5 ]; then
-    echo "launch/local.sh: five starts in a row ended within a minute, giving up" >&2
-    exit "$code"
-  fi
-  echo "== exit code $code: starting again"
-done
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+. "$root/launch/env.sh"
+python=${MF_PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=$(command -v python3)
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m mf_scale.commands.local "$@"

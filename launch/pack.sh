@@ -9,18 +9,20 @@
 # Pack a dataset in parts, one a task of a SLURM array, on a file system that all of them see.
 #   sbatch --array=0-15 [--cpus-per-task N ...] launch/pack.sh FORMAT SRC DST --split SPLIT [option ...]
 # The part that ends last writes the index. A task that was preempted or ran out of time comes back and goes on where
-# it stopped. To run some tasks again, say of how many parts they are: PARTS=16 sbatch --array=3,7 launch/pack.sh ...
+# it stopped; one that was cancelled does not. To run some tasks again, say of how many parts they are:
+#   PARTS=16 sbatch --array=3,7 launch/pack.sh ...
 set -u
 if [ $# -lt 3 ]; then
   echo "usage: sbatch --array=0-N launch/pack.sh FORMAT SRC DST --split SPLIT [option ...]" >&2
   exit 2
 fi
 root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-python=${MF_PYTHON:-$root/.venv/bin/python}
-if [ ! -x "$python" ]; then
-  echo "pack.sh: there is no python at $python: run 'make setup', submit from the project's folder, or set MF_PYTHON" >&2
+if [ ! -f "$root/launch/job.sh" ]; then
+  echo "pack.sh: $root is not the project's folder: submit from there or set MF_ROOT" >&2
   exit 2
 fi
+. "$root/launch/job.sh"
+mf_project "$root"
 
 id=${SLURM_ARRAY_TASK_ID:-0} first=${SLURM_ARRAY_TASK_MIN:-0} last=${SLURM_ARRAY_TASK_MAX:-0}
 count=${SLURM_ARRAY_TASK_COUNT:-1}
@@ -31,22 +33,18 @@ elif [ $((last - first + 1)) -ne "$count" ]; then
   exit 2
 fi
 
-cd "$root" || exit 2
+# Packing runs in the job script's own node, so both signals are for it to hear.
+trap 'mf_signals="$mf_signals USR1"; [ -n "$mf_pid" ] && kill -TERM "$mf_pid" 2>/dev/null' USR1
+trap 'mf_signals="$mf_signals TERM"; [ -n "$mf_pid" ] && kill -TERM "$mf_pid" 2>/dev/null' TERM
 # In the background, since a trap waits for the foreground command to end.
-"$python" -m data_tools pack "$@" --part "$((id - first))/$count" --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" &
-packing=$!
-stopped=0
-trap 'stopped=1; kill -TERM "$packing" 2>/dev/null' USR1 TERM
-wait "$packing"
-# A trapped signal ends `wait` early; the last `wait` gives the true exit code.
-while kill -0 "$packing" 2>/dev/null; do wait "$packing"; done
-wait "$packing"
-code=$?
+${mf_head[@]+"${mf_head[@]}"} "$python" -m data_tools pack "$@" --part "$((id - first))/$count" \
+  --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" &
+mf_pid=$!
+mf_wait "$mf_pid"
 
-again=$stopped  # out of time
-[ "$code" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ] && again=1  # a process was killed, or storage failed
-if [ "$again" -eq 1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-  echo "pack.sh: exit code $code: requeueing job $SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID" || echo "pack.sh: requeueing is not allowed here: submit the same command again" >&2
+if [ "$mf_exit" -ne 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  answer=''
+  mf_facts && answer=$(mf_python mf_scale.cluster again --code "$mf_exit" --signals "$mf_signals" --resumes)
+  [ "$answer" = requeue ] && mf_requeue
 fi
-exit "$code"
+exit "$mf_exit"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mf_scale import __version__
-from mf_scale.commands import bench, data, evaluate, export, import_model, plan, predict, replay, report, train
+from mf_scale.commands import bench, data, evaluate, export, import_model, plan, predict, replay, report, status, train
 from mf_scale.errors import StoppedOnRequest, UserError
 
 _INTERRUPTED = 130
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mf-scale {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, evaluate, predict, report, replay, data, plan, export, import_model, bench):
+    for command in (train, status, evaluate, predict, report, replay, data, plan, export, import_model, bench):
         command.add(commands)
     return parser
 

@@ -15,13 +15,16 @@ VARIABLE = "MF_SCALE_FAULT"
 
 
 def reach(point: str, *, rank: int, step: int) -> None:
-    """Be at `point`: die of SIGKILL (kill), get a SIGTERM (stop), hang (hang) or see a full disk (full) if ordered."""
+    """Be at `point` and, if ordered, die of SIGKILL (kill), get a SIGTERM (stop), hang (hang), be stopped as a whole
+    until a SIGCONT comes (freeze) or see a full disk (full)."""
     if is_ordered("kill", point, rank=rank, step=step):
         os.kill(os.getpid(), signal.SIGKILL)
     if is_ordered("stop", point, rank=rank, step=step):
         os.kill(os.getpid(), signal.SIGTERM)
     if is_ordered("hang", point, rank=rank, step=step):
         time.sleep(3600)
+    if is_ordered("freeze", point, rank=rank, step=step):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if is_ordered("full", point, rank=rank, step=step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -33,8 +33,9 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 VOCABULARY = "vocabulary.json"
 LATEST = "latest"
-REPLACED = ".replaced-"
-"""What the name of a checkpoint begins with for the moment in which another one of its step takes its name."""
+WRITING = ".writing-"
+"""What the name of a folder begins with that is to become a checkpoint: .writing-TOKEN-step-N, with the token of the
+start that writes it."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """A disk or a quota that is full: it passes, once somebody makes room."""
 _NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
@@ -91,10 +92,15 @@ def committed_checkpoints(run: RunDir) -> list[Path]:
 
     One that was being replaced when the process was killed counts as long as nothing stands in its place.
     """
-    folders = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    whole = {f.name: f for f in folders if (f / MANIFEST).is_file()}
-    named = {name.removeprefix(REPLACED): f for name, f in whole.items() if name.startswith(REPLACED)} | whole
-    return [named[name] for name in sorted(named, reverse=True) if is_checkpoint_name(name)]
+    folders = list(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []
+    replaced = [replaced_by(folder) for folder in folders if folder.name.startswith(WRITING)]
+    named = {f.name: f for f in (*replaced, *folders) if is_checkpoint_name(f.name) and (f / MANIFEST).is_file()}
+    return [named[name] for name in sorted(named, reverse=True)]
+
+
+def replaced_by(writing: Path) -> Path:
+    """Where the folder of a checkpoint that is being written holds the one whose name it takes, for that moment."""
+    return writing / f"{_PREFIX}{writing.name.rpartition(_PREFIX)[2]}"
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -206,14 +212,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a small file whole or not at all: temporary name, fsync, rename."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+def write_atomically(file: Path, text: str, *, mark: str = "", check: Callable[[], None] = lambda: None) -> None:
+    """Write a small file whole or not at all: temporary name, fsync, rename.
+
+    The temporary name ends with `mark`, else with the process id. What `check` raises, right before the rename, leaves
+    the file as it was.
+    """
+    temporary = file.with_name(f".{file.name}.{mark or os.getpid()}")
     with disk_errors(file):
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        try:
+            check()
+        except UserError:
+            temporary.unlink(missing_ok=True)
+            raise
         temporary.replace(file)
 
 

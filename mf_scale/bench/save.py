@@ -22,6 +22,8 @@ from mf_scale.errors import UserError
 from mf_scale.fragments import partition_file, tensor_key
 from mf_scale.rundir import FORMAT, MANIFEST, WEIGHTS, RunDir, disk_errors, file_digest, write_atomically
 from mf_scale.training.checkpoint import begin, commit, write_files
+from mf_scale.training.fence import Fence
+from mf_scale.training.lock import let_go, take_lock
 from mf_scale.training.snapshot import FileBytes, FileContents, Snapshot, live_files
 from mf_scale.training.writer import Writer
 
@@ -50,11 +52,13 @@ def bench_save(millions: int, *, repeats: int, folder: str | None, json_file: st
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = Path(tempfile.mkdtemp(prefix="mf-scale-bench-", dir=_existing(folder)))
+    lock: list[int] = []
     try:
+        fence = take_lock(RunDir(where), lock).fence
         contents, snapshot = _contents(millions, device), Snapshot(device)
         ways: dict[str, Callable[[int], Timing]] = {
-            "asynchronous": lambda step: _save(RunDir(where), step, partial(snapshot.take, contents)),
-            "synchronous": lambda step: _save(RunDir(where), step, partial(live_files, contents), wait=True),
+            "asynchronous": lambda step: _save(RunDir(where), fence, step, partial(snapshot.take, contents)),
+            "synchronous": lambda step: _save(RunDir(where), fence, step, partial(live_files, contents), wait=True),
             "save_file": lambda step: _save_with_safetensors(RunDir(where), step, contents),
         }
         snapshot.prepare(contents)
@@ -66,6 +70,7 @@ def bench_save(millions: int, *, repeats: int, folder: str | None, json_file: st
                 if number:
                     timings[name].append(timing)
     finally:
+        let_go(lock)
         shutil.rmtree(where, ignore_errors=True)
     size = sum(tensor.nbytes for content in contents for tensor in content.tensors.values())
     medians = {name: _median(several) for name, several in timings.items()}
@@ -94,17 +99,17 @@ def _contents(millions: int, device: torch.device) -> list[FileContents]:
     return [FileContents(WEIGHTS, weights, {}), FileContents(partition_file(0, 1), moments, {})]
 
 
-def _save(run: RunDir, step: int, files: Callable[[], list[FileBytes]], *, wait: bool = False) -> Timing:
+def _save(run: RunDir, fence: Fence, step: int, files: Callable[[], list[FileBytes]], *, wait: bool = False) -> Timing:
     """As the trainer does. The commit is paid by the training too, once the files are written."""
     world, writer, began = World(0, 1, 0), Writer("bench"), time.perf_counter()
     copied = files()
-    problem = begin(run, step, world, None)
+    problem = begin(run, fence, step, world, None)
     if problem is None:
-        writer.start(partial(write_files, run, step, 0, copied, {}))
+        writer.start(partial(write_files, run, fence, step, 0, copied, {}))
     started = time.perf_counter()
     hold = _longest_hold(lambda: problem is None and not writer.ended)
     written = time.perf_counter()
-    problem = problem or commit(run, step, world, writer.wait()).problem
+    problem = problem or commit(run, fence, step, world, writer.wait()).problem
     ended = time.perf_counter()
     if problem is not None:
         raise UserError(f"the checkpoint could not be written: {problem}", where=str(run.path))

@@ -19,10 +19,11 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.rundir import RunDir, existing_run
     from mf_scale.tracking.metrics import read_metrics
     from mf_scale.tracking.report import headline, write_report
+    from mf_scale.tracking.status import run_status
 
     run = RunDir(existing_run(options.run))
     page = write_report(run)
-    for card in headline(read_metrics(run.metrics), []):
+    for card in headline(read_metrics(run.metrics), [], run_status(run)):
         print(f"{card['name']:<22}{card['value']}")
     print(run_table(run))
     print(f"report: {page}")

@@ -30,6 +30,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return _merge(layers)
 
 
+def config_files(path: str | Path) -> list[Path]:
+    """The file and all that it builds on; raises UserError."""
+    return [Path(name) for name, _ in _file_layers(Path(path))]
+
+
 def is_overridden(overrides: Sequence[str], key: str) -> bool:
     """Whether the dot-list itself gives `key`."""
     node: Any = _parse_overrides(overrides) if overrides else {}

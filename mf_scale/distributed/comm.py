@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,28 +15,21 @@ import torch
 import torch.distributed as dist
 
 from mf_scale.distributed.env import RENDEZVOUS, World
+from mf_scale.distributed.invitation import invitation_name
+from mf_scale.distributed.meeting import meet
 from mf_scale.errors import PARAGRAPHS, UserError
 
 T = TypeVar("T")
 
 
 @contextmanager
-def process_group(world: World, *, timeout: float) -> Iterator[torch.device]:
-    """Join the ranks, give this rank's device, leave at the end. `timeout` in seconds for every collective."""
+def process_group(world: World, *, timeout: float, meeting: Path | None = None) -> Iterator[torch.device]:
+    """Join the ranks, give this rank's device, leave at the end. `timeout` in seconds for every collective.
+
+    Under srun the ranks meet in the folder `meeting`, which all of them see. Raises FaultError where some do not come.
+    """
     device = _device(world)
-    store, method = None, None
-    if world.size == 1:
-        store = dist.HashStore()
-    elif RENDEZVOUS in os.environ:
-        method = f"file://{os.environ[RENDEZVOUS]}"
-    elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        method = "env://"
-    else:
-        raise UserError(
-            f"{world.size} ranks have no meeting point: MASTER_ADDR and MASTER_PORT are not set",
-            where=f"rank {world.rank}",
-            remedy="Start through launch/multinode.sh, torchrun, or mf-scale train --processes N.",
-        )
+    store, method = _meeting_point(world, device, timeout, meeting)  # rank 0's store must live as long as the group
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -49,6 +43,26 @@ def process_group(world: World, *, timeout: float) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_point(
+    world: World, device: torch.device, timeout: float, meeting: Path | None
+) -> tuple[dist.Store | None, str | None]:
+    """A store, or how torch is to find one."""
+    if world.size == 1:
+        return dist.HashStore(), None
+    if RENDEZVOUS in os.environ:
+        return None, f"file://{os.environ[RENDEZVOUS]}"
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return None, "env://"
+    name = invitation_name()
+    if name is not None and meeting is not None:
+        return meet(world, meeting / name, device=device.type, timeout=timeout), None
+    raise UserError(
+        f"{world.size} ranks have no meeting point: this is no SLURM step, and MASTER_ADDR and MASTER_PORT are not set",
+        where=f"rank {world.rank}",
+        remedy="Start through launch/multinode.sh, torchrun, or mf-scale train --processes N.",
+    )
 
 
 def _device(world: World) -> torch.device:

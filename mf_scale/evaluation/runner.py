@@ -22,12 +22,13 @@ from mf_scale.data.loader import EvalSample, eval_samples
 from mf_scale.data.sources import refuse_task
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
+from mf_scale.distributed.same_program import refuse_mixture
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import Answer, answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
 from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts
 from mf_scale.evaluation.results import Evaluation, Shown, make_room, results_table, save_evaluation
-from mf_scale.rundir import RunDir, resolve_checkpoint
+from mf_scale.rundir import MANIFEST, RunDir, resolve_checkpoint
 from mf_scale.tracking.pictures import Segmentation, draw_segments, plain
 
 PICTURES = 6
@@ -46,7 +47,8 @@ class _Counts:
 
 def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: str) -> str:
     """Evaluate a run or checkpoint on its `split` source; writes results into the run and returns a table to print."""
-    with comm.process_group(world, timeout=_PATIENCE) as device:
+    with comm.process_group(world, timeout=_PATIENCE, meeting=_meeting_folder(path, world)) as device:
+        refuse_mixture(world, {"RUN": path, "--split": split, "overrides": list(overrides)})
         # One rank chooses and verifies: of a run that goes on, two might find two newest checkpoints.
         found = comm.on_first_rank(lambda: [place and str(place) for place in resolve_checkpoint(path)])
         run_dir, folder = (place and Path(place) for place in found)
@@ -59,6 +61,17 @@ def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: st
         if run is not None:
             save_evaluation(run, evaluation, step=loaded.step)
     return results_table([evaluation.results])
+
+
+def _meeting_folder(path: str, world: World) -> Path:
+    """Where the ranks meet: the run directory, which gets the results, or a checkpoint outside of one."""
+    given = Path(path).resolve()
+    if not given.is_dir():
+        error = UserError("this is neither a run directory nor a checkpoint", where=path, remedy="Check the path.")
+        error.said_by_first_rank = world.local_rank != 0  # once a node: it may be that only this one does not see it
+        raise error
+    inside = (given / MANIFEST).is_file() and given.parent.name == "checkpoints"
+    return given.parent.parent if inside else given
 
 
 def evaluate(

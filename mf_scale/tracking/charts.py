@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -40,6 +41,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "legend.frameon": False,
 }
+MOST_NAMES = 12
+"""Marks that are named; of more the names would cover each other."""
 MOST_POINTS = 400
 """Points a line is drawn with at most; longer series are averaged over equal stretches."""
 
@@ -56,15 +59,26 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A step at which something happened to the run."""
+
+    step: int
+    name: str
+    """A few letters that stand at the mark."""
+    text: str
+    """What a pointer over the mark shows."""
+
+
+@dataclass(frozen=True)
 class Chart:
-    """Series over steps, with the steps at which the run was resumed."""
+    """Series over steps, with marks where the run was resumed."""
 
     name: str
     """Name of the file."""
     title: str
     unit: str
     lines: Sequence[Line]
-    resumes: Sequence[int] = field(default_factory=tuple)
+    resumes: Sequence[Mark] = field(default_factory=tuple)
     log: bool = False
     """A logarithmic axis where the values span more than a decade and a half."""
 
@@ -79,7 +93,7 @@ def draw(chart: Chart) -> tuple[str, bytes]:
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=160, facecolor=PAPER)
-    return _for_page(svg.getvalue(), chart.title), png.getvalue()
+    return _for_page(svg.getvalue(), chart), png.getvalue()
 
 
 def draw_bars(names: Sequence[str], values: Sequence[float], title: str) -> bytes:
@@ -111,12 +125,11 @@ def _fill(figure: Figure, chart: Chart) -> None:
         if window > 1:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
         axes.plot(steps, _smoothed(values, window), color=color, linewidth=1.9, label=name, zorder=3)
-    for i, step in enumerate(chart.resumes):
-        label = "resumed" if i == 0 else None
-        axes.axvline(step, color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), label=label, zorder=2)
+    _mark(axes, chart)
     if chart.log and _spans_decades(np.concatenate([np.asarray(line.values, dtype=float) for line in chart.lines])):
         axes.set_yscale("log")
-    axes.set_title(chart.title, loc="left", fontsize=12.5, fontweight="bold")
+    named = 0 < len(chart.resumes) <= MOST_NAMES
+    axes.set_title(chart.title, loc="left", fontsize=12.5, fontweight="bold", pad=17 if named else 6)
     axes.set_xlabel("step", loc="right")
     axes.set_ylabel(chart.unit)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -124,6 +137,23 @@ def _fill(figure: Figure, chart: Chart) -> None:
     axes.tick_params(length=0)
     if len(chart.lines) > 1 or chart.resumes:
         axes.legend(fontsize=10, handlelength=1.6)
+
+
+def _mark(axes: Axes, chart: Chart) -> None:
+    """Lines at the resumes, each in a group that `_for_page` gives its text; names where there is room for them."""
+    for i, mark in enumerate(chart.resumes):
+        label = "resumed" if i == 0 else None
+        axes.axvline(mark.step, color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), label=label, zorder=2)
+        # As broad as a pointer is exact, and not to be seen.
+        axes.axvline(mark.step, linewidth=9, alpha=0.0, zorder=5, gid=_mark_id(chart, i))
+        if len(chart.resumes) <= MOST_NAMES:
+            at = (mark.step, 1.0)
+            axes.annotate(mark.name, at, (0, 2), axes.get_xaxis_transform(), "offset points",
+                          ha="center", va="bottom", fontsize=8.5, color=MUTED)  # fmt: skip
+
+
+def _mark_id(chart: Chart, place: int) -> str:
+    return f"{chart.name}-mark-{place}"
 
 
 def _thinned(line: Line) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -150,12 +180,16 @@ def _thousands(value: float, _: int | None = None) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _for_page(svg: str, title: str) -> str:
-    """The <svg> element alone: sized by the page, fonts and colours of the page, a name for screen readers."""
+def _for_page(svg: str, chart: Chart) -> str:
+    """The <svg> element alone: sized by the page, fonts and colours of the page, a name for screen readers, and the
+    texts of the marks."""
     element = svg[svg.index("<svg") :]
     for color, variable in _PAGE_COLOURS.items():
         element = element.replace(color, variable)
     element = re.sub(r"'DejaVu Sans'(, [\w-]+)*", "inherit", element)
     element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
     element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
-    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    for i, mark in enumerate(chart.resumes):
+        group = f'<g id="{_mark_id(chart, i)}">'
+        element = element.replace(group, f"{group}<title>{html.escape(mark.text)}</title>", 1)
+    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(chart.title)}"', 1)

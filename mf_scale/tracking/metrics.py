@@ -1,4 +1,8 @@
-"""metrics.jsonl, the truth about a run: append-only, one JSON object a line, replayed steps supersede the old ones."""
+"""metrics.jsonl, the truth about a run: append-only, one JSON object a line, replayed steps supersede the old ones.
+
+Lines of a training carry "start", the number of its start in the run directory: those of a start that was cut off,
+written after a newer one began, do not count.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mf_scale.errors import UserError
 from mf_scale.rundir import NO_SPACE, disk_errors
 
 DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "rollback", "stop"})
@@ -31,9 +36,21 @@ class MetricsLog:
     room: a run outlives a full disk, of which a save that failed has told already.
     """
 
-    def __init__(self, path: str | Path, *, waiting_bytes: int = 0) -> None:
-        """Open or create the file; raises UserError where it cannot be written."""
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        waiting_bytes: int = 0,
+        start: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open or create the file; raises UserError where it cannot be written.
+
+        `start` stands in every line. `check` is called before each change of the file; where it raises a UserError,
+        nothing is changed.
+        """
         self.path = Path(path)
+        self._start, self._check = start, check
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes, self._most_waiting = 0, waiting_bytes
         with disk_errors(self.path):
@@ -41,14 +58,17 @@ class MetricsLog:
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             end = _end_of_last_line(self._file)
             if end < os.fstat(self._file).st_size:
+                check()
                 os.ftruncate(self._file, end)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line with "event", "step", "time" (Unix seconds) and `values`; UserError where it cannot be kept.
+        """Append one line with "event", "step", "time" (Unix seconds), "start" and `values`.
 
         Non-finite floats become null and their names stand in "nonfinite", so that every line is valid JSON.
+        UserError where the line cannot be kept.
         """
-        line = (json.dumps(_record(event, step, values), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        record = _record(event, step, self._start, values)
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         self._waiting.append(line)
         self._waiting_bytes += len(line)
         with disk_errors(self.path):
@@ -56,8 +76,9 @@ class MetricsLog:
                 self._write_waiting()
                 if event in DURABLE_EVENTS:
                     os.fsync(self._file)
-            except OSError as error:
-                if error.errno in NO_SPACE and self._waiting_bytes <= self._most_waiting:
+            except (OSError, UserError) as error:
+                full = isinstance(error, OSError) and error.errno in NO_SPACE
+                if full and self._waiting_bytes <= self._most_waiting:
                     return
                 if self._waiting:
                     self._waiting_bytes -= len(self._waiting.pop())
@@ -68,9 +89,9 @@ class MetricsLog:
         try:
             self._write_waiting()
             os.fsync(self._file)
-        except OSError as error:
+        except (OSError, UserError) as error:
             waiting = f", {len(self._waiting):,} lines wait in memory" if self._waiting else ""
-            return f"{self.path.name} cannot be written ({error.strerror or error}{waiting})"
+            return f"{self.path.name} cannot be written ({_told(error)}{waiting})"
         return None
 
     def close(self) -> str | None:
@@ -80,8 +101,8 @@ class MetricsLog:
         lost = None
         try:
             self._write_waiting()
-        except OSError as error:
-            lost = f"{len(self._waiting):,} lines of {self.path} are lost ({error.strerror or error})"
+        except (OSError, UserError) as error:
+            lost = f"{len(self._waiting):,} lines of {self.path} are lost ({_told(error)})"
         os.close(self._file)
         self._file = -1
         self._waiting.clear()
@@ -90,13 +111,19 @@ class MetricsLog:
     def _write_waiting(self) -> None:
         """Write the lines, whole ones only; raises the system's own OSError and keeps what was not written."""
         while self._waiting:
-            start, line = os.fstat(self._file).st_size, self._waiting[0]
+            self._check()
+            end = os.fstat(self._file).st_size
+            # A start that was cut off may have left half a line behind: what glued to it would be lost with it.
+            torn = end > 0 and os.pread(self._file, 1, end - 1) != b"\n"
+            line, written = b"\n" * torn + self._waiting[0], 0
             try:
-                while line:  # one write for all but a disk that fills up in the middle of it
-                    line = line[os.write(self._file, line) :]
+                while written < len(line):  # one write for all but a disk that fills up in the middle of it
+                    written += os.write(self._file, line[written:])
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, start)
+                    # Only what is ours: behind it may stand lines of the start that has taken over.
+                    if written and os.fstat(self._file).st_size == end + written:
+                        os.ftruncate(self._file, end)
                 raise
             self._waiting_bytes -= len(self._waiting.popleft())
 
@@ -104,8 +131,9 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Every line that still holds, in order; [] where there is no file.
 
-    A `start` line takes the run back to its step: lines of later steps written before it are superseded. A validation
-    that was made up for after a stop supersedes an earlier one of its step.
+    A `start` line takes the run back to its step: lines of later steps written before it are superseded, and lines of
+    older starts written behind it are left out. A validation that was made up for after a stop supersedes an earlier
+    one of its step.
     A torn last line is left out; other unreadable lines are left out with a warning.
     """
     try:
@@ -114,13 +142,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         return []
     kept: list[dict[str, Any]] = []
     validated: set[int] = set()
-    unreadable = 0
+    unreadable, newest = 0, 0
     for line in lines[:-1]:
         record = _parse(line)
         if record is None:
             unreadable += bool(line.strip())
             continue
+        start = record.get("start")
+        if isinstance(start, int) and start < newest:
+            continue
         if record["event"] == "start":
+            newest = start if isinstance(start, int) else newest
             kept = [r for r in kept if r["step"] <= record["step"] or r["event"] in PROCESS_EVENTS]
         if record["event"] == "validation":
             if record["step"] in validated:
@@ -132,6 +164,28 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return kept
 
 
+def newest_start(path: str | Path) -> int:
+    """The highest number of a start in the file, or how many it tells of; 0 where there is no file.
+
+    Parses `start` lines only, so that a long file costs little. Raises the system's own OSError.
+    """
+    count, highest = 0, 0
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                record = _parse(line) if b'"event": "start"' in line else None
+                if record is not None and record["event"] == "start":
+                    number = record.get("start")
+                    count, highest = count + 1, max(highest, number if isinstance(number, int) else 0)
+    except FileNotFoundError:
+        return 0
+    return max(count, highest)
+
+
+def _told(error: OSError | UserError) -> str:
+    return error.what if isinstance(error, UserError) else error.strerror or str(error)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
@@ -141,10 +195,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if sound else None
 
 
-def _record(event: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+def _record(event: str, step: int, start: int | None, values: Mapping[str, Any]) -> dict[str, Any]:
     nonfinite: list[str] = []
     plain = {name: _plain(value, name, nonfinite) for name, value in values.items()}
-    record = {"event": event, "step": int(step), "time": round(time.time(), 3), **plain}
+    number = {} if start is None else {"start": start}
+    record = {"event": event, "step": int(step), "time": round(time.time(), 3), **number, **plain}
     return {**record, "nonfinite": nonfinite} if nonfinite else record
 
 

@@ -16,9 +16,11 @@ from markupsafe import Markup
 
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir, read_json, write_atomically
-from mf_scale.tracking.charts import Chart, Line, draw, draw_bars
+from mf_scale.tracking.charts import Chart, Line, Mark, draw, draw_bars
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.pictures import class_color, embedded, read_png, sheet, write_bytes, write_png
+from mf_scale.tracking.report_starts import lost_sentence, start_marks, start_rows
+from mf_scale.tracking.status import RunStatus, run_status
 
 MOST_BARS = 40
 """Classes that all get a bar; of more only the best and the worst, and a table holds the rest."""
@@ -39,7 +41,8 @@ def write_report(run: RunDir) -> Path:
         )
     run.report.mkdir(parents=True, exist_ok=True)
     charts = []
-    for chart in training_charts(records):
+    status = run_status(run)
+    for chart in training_charts(records, start_marks(status.starts)):
         svg, png = draw(chart)
         write_bytes(run.report / f"{chart.name}.png", png)
         charts.append(Markup(svg))
@@ -51,8 +54,10 @@ def write_report(run: RunDir) -> Path:
     environment.filters |= {"percent": _percent, "count": _count}
     page = environment.from_string(template).render(
         name=run.path.resolve().name,
-        cards=headline(records, evaluations),
+        cards=headline(records, evaluations, status),
         charts=charts,
+        starts=start_rows(status.starts),
+        lost=lost_sentence(status),
         splits=splits,
         has_panoptic=any(split["panoptic"] for split in splits),
         has_semantic=any(split["semantic"] for split in splits),
@@ -64,7 +69,9 @@ def write_report(run: RunDir) -> Path:
     return index
 
 
-def headline(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def headline(
+    records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], status: RunStatus
+) -> list[dict[str, str]]:
     """The numbers of the page's first screen: value and caption each."""
     cards = []
     for name in ("mIoU", "PQ"):
@@ -83,7 +90,9 @@ def headline(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, 
     if speeds:
         cards.append({"value": f"{statistics.median(speeds):.3g}", "name": "images/s, median"})
     if records:
-        cards.append({"value": _count(sum(bool(r.get("resumed")) for r in records)), "name": "restarts"})
+        cards.append({"value": _count(status.restarts), "name": "restarts"})
+    if status.lost_steps:
+        cards.append({"value": _count(status.lost_steps), "name": "steps lost to restarts"})
     for event, name in (("skipped", "steps skipped"), ("quarantine", "samples quarantined")):
         count = sum(r["event"] == event for r in records)
         if count:
@@ -91,11 +100,10 @@ def headline(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, 
     return cards
 
 
-def training_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
+def training_charts(records: Sequence[dict[str, Any]], marks: Sequence[Mark] = ()) -> list[Chart]:
     """Curves of whatever the run has logged: losses, learning rate, gradient norm, speed, waiting for data."""
     steps = [r for r in records if r["event"] == "step"]
     validations = [r for r in records if r["event"] == "validation"]
-    resumes = sorted({r["step"] for r in records if r["event"] == "start" and r.get("resumed")})
     terms = list(dict.fromkeys(key for record in steps for key in record if key.startswith(_LOSS_TERM)))
     wanted = [
         ("loss", "Loss", "", [_line("training", steps, "loss"), _line("validation", validations, "loss", points=True)]),
@@ -114,7 +122,7 @@ def training_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
     for name, title, unit, lines in wanted:
         drawn = [line for line in lines if line.values]
         if drawn:
-            charts.append(Chart(name, title, unit, drawn, resumes, log=name in _LOG_AXES))
+            charts.append(Chart(name, title, unit, drawn, marks, log=name in _LOG_AXES))
     return charts
 
 

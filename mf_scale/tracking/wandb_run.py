@@ -88,6 +88,12 @@ class WandbRun:
             )
         return None
 
+    def abandon(self) -> None:
+        """End the client at once and tell W&B nothing: the run goes on in another process."""
+        child, self._child, self._thread = self._child, None, None
+        if child is not None:
+            _kill(child)
+
     def _put(self, line: dict[str, Any]) -> None:
         try:
             self._lines.put_nowait(line)

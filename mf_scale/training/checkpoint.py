@@ -1,13 +1,13 @@
 """Checkpoints as commits: all ranks write into a temporary folder, rank 0 writes the manifest last and renames.
 
-Whatever is killed at whatever moment, a folder named step-N is whole, and a temporary one is never read.
+Whatever is killed at whatever moment, a folder named step-N is whole, and a temporary one is never read. Its name
+carries the token of the start that writes it: once a new start has taken the run over, it sweeps such folders away
+before it looks which checkpoints there are. So the rename of one that was cut off came before, or fails.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,30 +19,23 @@ from typing import Any
 from mf_scale import faults
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
+from mf_scale.errors import UserError
 from mf_scale.rundir import (
-    CONFIG,
     FORMAT,
     LATEST,
     MANIFEST,
-    REPLACED,
-    VOCABULARY,
+    WRITING,
     RunDir,
-    checkpoint_step,
     committed_checkpoints,
     fsync_folder,
-    is_checkpoint_name,
+    replaced_by,
     write_atomically,
 )
+from mf_scale.training.fence import Fence
+from mf_scale.training.leftovers import discard
 from mf_scale.training.snapshot import FileBytes
 from mf_scale.training.tensor_file import write_file
 from mf_scale.training.writer import Outcome, attempt
-
-REMOVING = ".removing-"
-"""What the name of a checkpoint begins with while its files are removed: it is none any more, and no other is."""
-DAMAGED, ABANDONED = "damaged", "abandoned"
-"""What the names of checkpoints end with that are set aside: one that a start walked back from, and one that has seen
-a spike."""
-_TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -55,20 +48,21 @@ class Commit:
     """Why nothing was committed."""
 
 
-def begin(run: RunDir, step: int, world: World, problem: str | None) -> str | None:
-    """Make the empty temporary folder, unless some rank has a `problem`; all call it. Returns None, or why not."""
+def begin(run: RunDir, fence: Fence, step: int, world: World, problem: str | None) -> str | None:
+    """Make the empty temporary folder, unless some rank has a `problem`; all call it. Returns None, or why not.
+
+    Raises FencedError on every rank where another start has taken the run over.
+    """
     problems = comm.gather_objects(problem)
-    if problems is not None:
-        problem = _first_problem(problems) or attempt(lambda: _fresh_folder(_temporary(run, step))).problem
-    answer: str | None = comm.broadcast_object(problem)
+    answer: str | None = comm.on_first_rank(lambda: _begin(run, fence, step, problems or []))
     return answer
 
 
 def write_files(
-    run: RunDir, step: int, rank: int, files: Iterable[FileBytes], texts: Mapping[str, str]
+    run: RunDir, fence: Fence, step: int, rank: int, files: Iterable[FileBytes], texts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write this rank's files into the temporary folder; name -> size and digest. No collective: it may run behind."""
-    folder = _temporary(run, step)
+    folder = _temporary(run, fence, step)
     between = partial(faults.reach, "save.part", rank=rank, step=step)
     written = {file.name: write_file(folder / file.name, file.pieces, between) for file in files}
     written |= {name: write_file(folder / name, [memoryview(text.encode())]) for name, text in texts.items()}
@@ -76,36 +70,60 @@ def write_files(
     return written
 
 
-def commit(run: RunDir, step: int, world: World, written: Outcome) -> Commit:
+def commit(run: RunDir, fence: Fence, step: int, world: World, written: Outcome) -> Commit:
     """Make a checkpoint of what the ranks wrote; all call it with the outcome of their `write_files`.
 
     A failure of any rank (a full disk) removes the temporary folder and leaves the earlier checkpoints as they are.
+    Raises FencedError on every rank where another start has taken the run over.
     """
     reports = comm.gather_objects({"problem": written.problem, "files": written.result})
-    answer: list[Any] = [0, None]
-    if reports is not None:
-        problem = _first_problem([report["problem"] for report in reports])
-        if problem is None:
-            files = {name: entry for report in reports for name, entry in report["files"].items()}
-            problem = attempt(lambda: _commit(run, step, world, files)).problem
-            answer[0] = sum(entry["size"] for entry in files.values())
-        if problem is not None:
-            shutil.rmtree(_temporary(run, step), ignore_errors=True)
-            answer = [0, problem]
-    return Commit(*comm.broadcast_object(answer))
+    return Commit(*comm.on_first_rank(lambda: _commit(run, fence, step, world, reports or [])))
 
 
 def _first_problem(problems: list[str | None]) -> str | None:
     return next((f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem), None)
 
 
-def _commit(run: RunDir, step: int, world: World, files: dict[str, Any]) -> None:
-    temporary, final = _temporary(run, step), run.checkpoint(step)
+def _begin(run: RunDir, fence: Fence, step: int, problems: list[str | None]) -> str | None:
+    fence.check()
+    problem, folder = _first_problem(problems), _temporary(run, fence, step)
+    if problem is not None:
+        return problem
+    problem = attempt(lambda: _fresh_folder(folder)).problem
+    try:
+        fence.check()  # once more: a start that takes over from now on sweeps the folder away
+    except UserError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+    return problem
+
+
+def _commit(
+    run: RunDir, fence: Fence, step: int, world: World, reports: list[dict[str, Any]]
+) -> tuple[int, str | None]:
+    """Bytes of all files, or 0 and why nothing was committed."""
+    problem = _first_problem([report["problem"] for report in reports])
+    if problem is None:
+        files = {name: entry for report in reports for name, entry in report["files"].items()}
+        problem = attempt(lambda: _take_effect(run, fence, step, world, files)).problem
+        if problem is None:
+            return sum(entry["size"] for entry in files.values()), None
+    attempt(lambda: discard(_temporary(run, fence, step)))
+    fence.check()  # what fails for a start that was cut off is no matter of the disk
+    return 0, problem
+
+
+def _take_effect(run: RunDir, fence: Fence, step: int, world: World, files: dict[str, Any]) -> None:
+    temporary, final = _temporary(run, fence, step), run.checkpoint(step)
     faults.reach("save.manifest", rank=world.rank, step=step)
+    fence.check()
     manifest = {"format": FORMAT, "step": step, "world": world.size, "files": files}
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     fsync_folder(temporary)
     faults.reach("save.rename", rank=world.rank, step=step)
+    fence.check()
+    faults.reach("save.checked", rank=world.rank, step=step)
     _take_name(temporary, final)
     with suppress(OSError):  # it has its name: a failure from here on must not call it uncommitted
         fsync_folder(final.parent)
@@ -115,102 +133,47 @@ def _commit(run: RunDir, step: int, world: World, files: dict[str, Any]) -> None
 def _take_name(temporary: Path, final: Path) -> None:
     """A run that resumed from an older checkpoint may reach a step again: the new one takes the old one's place.
 
-    A folder cannot be renamed over a full one, so the old one stands aside for a moment, where it still counts.
+    A folder cannot be renamed over a full one, so the old one stands aside for a moment, where it still counts: inside
+    of the new one. A start that was cut off has no such folder any more, so it cannot move the checkpoint of another.
     """
-    aside = final.with_name(REPLACED + final.name)
+    aside = replaced_by(temporary)
     if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     try:
         temporary.rename(final)
     except OSError:
-        if aside.exists():
+        with suppress(OSError):
             aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(final / aside.name, ignore_errors=True)
 
 
-def point_latest(run: RunDir) -> str | None:
+def point_latest(run: RunDir, fence: Fence) -> str | None:
     """Let `checkpoints/latest` lead to the newest checkpoint; why it could not, for a file system without links."""
     committed = committed_checkpoints(run)
     link = run.checkpoints / LATEST
-    fresh = link.with_name(f".{LATEST}.{os.getpid()}")
+    fresh = link.with_name(f".{LATEST}.{fence.token}")
     try:
         if not committed:
+            fence.check()
             link.unlink(missing_ok=True)
             return None
         if link.is_symlink() and link.readlink() == Path(committed[0].name):
             return None
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(committed[0].name)
+        fence.check()
         fresh.replace(link)
     except OSError as error:
         return f"{link} could not be moved ({error.strerror or error}), which matters to people only"
+    except UserError as error:
+        fresh.unlink(missing_ok=True)
+        return str(error)
     return None
 
 
-def sweep(run: RunDir) -> list[str]:
-    """Remove what interrupted saves, removals and writes of small files left; the names. Rank 0 only, before training.
-
-    A step-N that lost its manifest is left alone: somebody may still want its files.
-    """
-    removed = []
-    for folder in _folders(run):
-        name = folder.name.removeprefix(REPLACED)
-        if name != folder.name and is_checkpoint_name(name) and not (folder.with_name(name) / MANIFEST).is_file():
-            shutil.rmtree(folder.with_name(name), ignore_errors=True)
-            folder.rename(folder.with_name(name))
-        elif _is_leftover(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder.name)
-    for place, names in ((run.checkpoints, (LATEST,)), (run.path, (CONFIG, VOCABULARY))):
-        for file in place.iterdir() if place.is_dir() else ():
-            if any(re.fullmatch(rf"\.{re.escape(name)}\.\d+", file.name) for name in names):
-                file.unlink(missing_ok=True)
-                removed.append(file.name)
-    point_latest(run)
-    return removed
-
-
-def without_manifest(run: RunDir) -> list[str]:
-    """Names of step-N folders that are no checkpoints, since their manifest is gone."""
-    return [f.name for f in _folders(run) if is_checkpoint_name(f.name) and not (f / MANIFEST).is_file()]
-
-
-def _folders(run: RunDir) -> list[Path]:
-    """The folders beside the checkpoints; what a link leads to is somebody's own."""
-    inside = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    return sorted(folder for folder in inside if folder.is_dir() and not folder.is_symlink())
-
-
-def _is_leftover(folder: Path) -> bool:
-    return any(
-        folder.name.startswith(prefix) and is_checkpoint_name(folder.name.removeprefix(prefix))
-        for prefix in (_TEMPORARY, REPLACED, REMOVING)
-    )
-
-
-def sweep_aside(run: RunDir) -> list[str]:
-    """Remove all but the newest damaged and the newest abandoned checkpoint that earlier starts set aside; names."""
-    removed = []
-    for why in (DAMAGED, ABANDONED):
-        aside = [f for f in _folders(run) if f.suffix == f".{why}" and is_checkpoint_name(f.stem)]
-        for folder in sorted(aside, key=lambda folder: checkpoint_step(Path(folder.stem)))[:-1]:
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder.name)
-    return removed
-
-
-def set_aside(folders: Iterable[Path], why: str) -> None:
-    """Rename checkpoints that are never to be taken again, even if they become readable: DAMAGED or ABANDONED ones."""
-    for folder in folders:
-        aside = folder.with_name(f"{folder.name.removeprefix(REPLACED)}.{why}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-
-
-def _temporary(run: RunDir, step: int) -> Path:
-    return run.checkpoints / f"{_TEMPORARY}{run.checkpoint(step).name}"
+def _temporary(run: RunDir, fence: Fence, step: int) -> Path:
+    return run.checkpoints / f"{WRITING}{fence.token}-{run.checkpoint(step).name}"
 
 
 def _fresh_folder(folder: Path) -> None:

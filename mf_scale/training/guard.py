@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,9 @@ def sound_checkpoint_before(run: RunDir, step: int) -> Path | None:
     return None
 
 
-def stop_dead_run(run: RunDir, why: str, dead: DeadSteps) -> None:
+def stop_dead_run(
+    run: RunDir, why: str, dead: DeadSteps, write: Callable[[Path, str], None] = write_atomically
+) -> None:
     """On rank 0: leave a report of the skipped steps in the run directory and raise the GuardError that ends the run.
 
     Nothing is committed: what is named is the newest checkpoint from before the first of the steps that count, or from
@@ -163,20 +165,20 @@ def stop_dead_run(run: RunDir, why: str, dead: DeadSteps) -> None:
     }
     last = f"the last checkpoint from before is {before}" if before else "there is no checkpoint from before"
     raise GuardError(
-        f"{why}, so the run is stopped; {last}; {_write_report(run, step, report)}",
+        f"{why}, so the run is stopped; {last}; {_write_report(run, step, report, write)}",
         where=f"step {step} of {run.path}",
         remedy=f"`{replay}` shows what happens in such a step; a lower optimizer.lr, a longer schedule.warmup_updates "
         "or train.precision=fp32 are the usual cures.",
     )
 
 
-def _write_report(run: RunDir, step: int, report: dict[str, Any]) -> str:
+def _write_report(run: RunDir, step: int, report: dict[str, Any], write: Callable[[Path, str], None]) -> str:
     """Where the report is; a disk that is full must not hide why the run ended."""
     file = run.report / f"dead-steps-{step:08d}.json"
     try:
         with disk_errors(file):
             run.report.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(report, indent=1, ensure_ascii=False))
+        write(file, json.dumps(report, indent=1, ensure_ascii=False))
     except UserError as error:
         return f"its report could not be written ({error.what})"
     return f"{file} names the ranks, samples and parameter groups"

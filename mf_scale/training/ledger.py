@@ -150,4 +150,4 @@ class Ledger:
     def stop_dead_run(self) -> None:
         """Leave a report and raise the GuardError that ends the run; all ranks together."""
         session, reason = self._session, str(self.dead)
-        comm.on_first_rank(lambda: stop_dead_run(session.run, reason, self._dead))
+        comm.on_first_rank(lambda: stop_dead_run(session.run, reason, self._dead, session.fence.write))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import secrets
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from mf_scale.config.validate import check_vocabulary, plan_batch
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.sources import open_training, open_validation
 from mf_scale.distributed.env import World
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 from mf_scale.rundir import (
     VOCABULARY,
     RunDir,
@@ -27,12 +23,13 @@ from mf_scale.rundir import (
     disk_errors,
     newest_sound_checkpoint,
     resolve_checkpoint,
-    write_atomically,
 )
-from mf_scale.training.checkpoint import DAMAGED, set_aside, sweep, sweep_aside, without_manifest
+from mf_scale.training.checkpoint import point_latest
+from mf_scale.training.fence import LOCK, Fence
+from mf_scale.training.leftovers import DAMAGED, set_aside, sweep, sweep_aside, without_manifest
+from mf_scale.training.lock import take_lock
 from mf_scale.vocabulary import Vocabulary
 
-_LOCK = ".lock"
 _SHARED_SECONDS = 15.0
 """A network file system may show a file that another node wrote some seconds later."""
 _CHECKSUM_BYTES = 256 * 2**20
@@ -40,7 +37,10 @@ _CHECKSUM_BYTES = 256 * 2**20
 
 
 def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[str, Any]:
-    """On rank 0: every check that needs the data or the disk; takes the lock. What the others must know."""
+    """On rank 0: every check that needs the data or the disk; takes the lock. What the others must know.
+
+    With the lock the run is this start's: what others have left unfinished goes, before it is seen what they finished.
+    """
     plan_batch(config, world.size)
     sources = open_training(config.data)
     vocabulary = sources[0].vocabulary
@@ -51,8 +51,10 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     if validation is not None:
         _check_validation(validation, vocabulary)
     _refuse_foreign(run)
-    token = secrets.token_hex(8)
-    notes = _lock(run, token, lock)
+    taken = take_lock(run, lock)
+    with disk_errors(run.path):
+        swept = sweep(run, taken.fence)
+    notes = [*taken.notes, *(f"removed the unfinished {name}" for name in swept)]
     checkpoint, damaged = newest_sound_checkpoint(run)
     if damaged and checkpoint is None:
         raise UserError(
@@ -72,35 +74,42 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "init_from": str(source) if source else None,
-        "token": token,
+        "token": taken.fence.token,
+        "start": taken.start,
         "damaged": [str(folder) for folder in damaged],
         "notes": [*notes, *damaged.values(), *_few_queries(config, sources)],
     }
 
 
-def settle(run: RunDir, settings: dict[str, str], damaged: list[Path]) -> list[str]:
-    """On rank 0, once nothing can be refused any more: clean up and write what the run is. Notes for the person."""
+def settle(run: RunDir, fence: Fence, settings: dict[str, str], damaged: list[Path]) -> list[str]:
+    """On rank 0, once nothing can be refused any more: clean up and write what the run is. Notes for the person.
+
+    Raises FencedError where another start has taken the run over.
+    """
+    fence.check()
     with disk_errors(run.path):
         run.checkpoints.mkdir(exist_ok=True)
-        old = sweep_aside(run)  # before those of this start: they stay for a look at them
-        set_aside(damaged, DAMAGED)
-        swept = sweep(run)
+        old = sweep_aside(run, fence)  # before those of this start: they stay for a look at them
+        set_aside(run, fence, damaged, DAMAGED)
+    unmoved = point_latest(run, fence)
     for name, text in settings.items():
-        write_atomically(run.path / name, text)
+        fence.write(run.path / name, text)
     return [
         *(f"removed {name}, which an earlier start set aside; the newest one is kept" for name in old),
-        *(f"removed the unfinished {name}" for name in swept),
+        *([unmoved] if unmoved else []),
         *(f"{name} has no manifest, so it is no checkpoint; it is left alone" for name in without_manifest(run)),
     ]
 
 
-def refuse_unshared(run: RunDir, token: str, world: World) -> None:
-    """On every rank: UserError where this node does not see the run directory in which rank 0 wrote `token`.
+def refuse_unshared(run: RunDir, fence: Fence, world: World) -> None:
+    """On every rank: UserError where this node does not see the run directory in which rank 0 took the lock.
 
     Else every rank would write its part into a folder of its own node, and a save would fail or be short of files.
     """
+    if world.first:
+        fence.check()  # where another start has taken over, it is not for want of a shared file system
     deadline = time.monotonic() + _SHARED_SECONDS
-    while not _sees(run.path / _LOCK, token):
+    while not _sees(fence):
         if time.monotonic() > deadline:
             raise UserError(
                 f"rank {world.rank} on {socket.gethostname()} does not see what rank 0 wrote into the run directory",
@@ -110,16 +119,16 @@ def refuse_unshared(run: RunDir, token: str, world: World) -> None:
         time.sleep(0.1)
 
 
-def _sees(file: Path, token: str) -> bool:
+def _sees(fence: Fence) -> bool:
     try:
-        return token in file.read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
+        return fence.token in fence.read().split()
+    except FaultError:
         return False
 
 
 def _refuse_foreign(run: RunDir) -> None:
     """A folder that holds somebody else's configuration or checkpoints is not overwritten."""
-    ours = run.metrics.exists() or (run.path / _LOCK).exists() or committed_checkpoints(run)
+    ours = run.metrics.exists() or (run.path / LOCK).exists() or committed_checkpoints(run)
     if not ours and (run.config.exists() or run.checkpoints.exists()):
         raise UserError(
             "the run directory holds files that no run of this program left there (config.yaml or checkpoints/)",
@@ -185,39 +194,3 @@ def _check_validation(validation: Index, vocabulary: Vocabulary) -> None:
             remedy="Pack both with the same vocabulary.",
         )
     verify_shards(validation, checksums=False)
-
-
-def _lock(run: RunDir, token: str, held: list[int]) -> list[str]:
-    """Take the run directory's lock, held until the process ends: two trainings in one directory spoil each other.
-
-    It holds the pid, the host and `token`, by which the other nodes know the directory again.
-    """
-    with disk_errors(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    notes = []
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(handle, 200, 0).decode(errors="replace").split()
-        os.close(handle)
-        raise UserError(
-            f"another process is training in this run directory (pid and host: {' '.join(holder[:2])})",
-            where=str(run.path),
-            remedy="Wait for it or stop it, or choose another run_dir.",
-        ) from error
-    except OSError as error:
-        notes = [f"this file system has no locks ({error.strerror}): take care that only one job trains in {run.path}"]
-    with disk_errors(run.path):
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()} {token}\n".encode(), 0)
-        os.fsync(handle)  # to the server, where the other nodes look
-    held.append(handle)
-    # A loader worker that outlives a killed rank for some seconds must not hold its lock.
-    os.register_at_fork(after_in_child=partial(_let_go, held))
-    return notes
-
-
-def _let_go(held: list[int]) -> None:
-    while held:
-        os.close(held.pop())

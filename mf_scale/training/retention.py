@@ -10,7 +10,8 @@ from pathlib import Path
 from mf_scale.config.schema import CheckpointConfig
 from mf_scale.errors import UserError
 from mf_scale.rundir import STATE, RunDir, checkpoint_damage, checkpoint_step, committed_checkpoints, read_json
-from mf_scale.training.checkpoint import REMOVING
+from mf_scale.training.fence import Fence
+from mf_scale.training.leftovers import take_out
 
 
 def surplus(steps: Collection[int], config: CheckpointConfig, best: int | None) -> list[int]:
@@ -25,13 +26,15 @@ def surplus(steps: Collection[int], config: CheckpointConfig, best: int | None) 
     )
 
 
-def retain(run: RunDir, config: CheckpointConfig, sound: Collection[int], between: Callable[[], None]) -> list[Path]:
+def retain(
+    run: RunDir, fence: Fence, config: CheckpointConfig, sound: Collection[int], between: Callable[[], None]
+) -> list[Path]:
     """Remove the surplus, oldest first, unless none of those that stay is sound; what was removed. Rank 0 only.
 
     A checkpoint that is a link is not ours to remove.
 
     `sound`: steps whose files this process has written or verified itself; others are read through where it comes to
-    that. `between` is called in the middle of each removal.
+    that. `between` is called in the middle of each removal. FencedError where another start has taken the run over.
     """
     committed = {checkpoint_step(folder): folder for folder in committed_checkpoints(run)}
     best = best_committed(committed) if config.keep_best else None
@@ -42,12 +45,10 @@ def retain(run: RunDir, config: CheckpointConfig, sound: Collection[int], betwee
     if gone and not any(checkpoint_damage(committed[s], digests=s not in sound) is None for s in stay):
         return []
     for step in gone:
-        # Under this name it is no checkpoint any more, even if the removal is interrupted here.
-        leaving = run.checkpoints / f"{REMOVING}{run.checkpoint(step).name}"
-        shutil.rmtree(leaving, ignore_errors=True)
-        committed[step].rename(leaving)
+        # There it is no checkpoint any more, even if the removal is interrupted here.
+        leaving = take_out(run, fence, committed[step])
         between()
-        shutil.rmtree(leaving, ignore_errors=True)
+        shutil.rmtree(leaving.parent, ignore_errors=True)
     return [committed[step] for step in gone]
 
 

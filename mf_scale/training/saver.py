@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,12 +46,15 @@ class _Pending:
 class Saver:
     """Commits checkpoints of a session by steps and by the clock. All ranks call its methods together.
 
+    Where another start has taken the run over, the next one to be begun or committed raises FencedError on all of them.
+
     Asynchronously (`checkpoint.asynchronous`) the training waits for a copy into host memory; a thread of each rank
     writes; once the ranks know in their step's collective that all have written, they commit.
     """
 
-    def __init__(self, session: Session, recorder: Recorder) -> None:
-        self._session, self._recorder = session, recorder
+    def __init__(self, session: Session, recorder: Recorder, alive: Callable[[], None] = lambda: None) -> None:
+        """`alive` is called as a sign of life while it works and waits."""
+        self._session, self._recorder, self._alive = session, recorder, alive
         self._config = session.config.checkpoint
         self._snapshot = Snapshot(session.device)
         self._writer, self._remover = Writer("checkpoint"), Writer("retention")
@@ -113,6 +117,7 @@ class Saver:
         A failure is said and tried again; the run goes on.
         """
         began = time.monotonic()
+        self._alive()
         self._finish_write()
         if self._session.state.step != self._committed:
             self._start()
@@ -134,8 +139,12 @@ class Saver:
             self._say_once(self._remover.wait().problem)
 
     def save_last(self) -> None:
-        """Commit before the run ends; raises UserError where that fails, since this state would be lost."""
+        """Commit before the run ends; raises UserError where that fails, since this state would be lost.
+
+        FencedError also where nothing is left to be saved: a start that was cut off has not ended as its run has.
+        """
         self._finish_write()
+        comm.on_first_rank(self._session.fence.check)
         self._last = True
         self.save()
         self.finish()
@@ -151,6 +160,7 @@ class Saver:
         # In short collectives, since one long wait for a slow disk would run into their time limit.
         mine = np.zeros(self._session.world.size, dtype=np.int64)
         while True:
+            self._alive()
             mine[self._session.world.rank] = not self._writer.ended
             writing = np.flatnonzero(comm.sum_array(mine))
             if not writing.size:
@@ -166,13 +176,14 @@ class Saver:
         faults.reach("save.snapshot", rank=session.world.rank, step=step)
         session.engine.share_buffers()
         copy = attempt(self._files)
-        problem = begin(session.run, step, session.world, copy.problem)
+        problem = begin(session.run, session.fence, step, session.world, copy.problem)
         if problem is not None:
             self._failed(step, problem)
             return
         texts = {**session.settings, STATE: self._state()} if session.world.first else {}
         self._pending = _Pending(step, self._began, 0.0)
-        self._writer.start(partial(write_files, session.run, step, session.world.rank, copy.result, texts))
+        here = session.run, session.fence, step, session.world.rank
+        self._writer.start(partial(write_files, *here, copy.result, texts))
         self._pending.stall = time.monotonic() - self._began
 
     def _files(self) -> list[FileBytes]:
@@ -189,7 +200,8 @@ class Saver:
         unwritten = self._recorder.flush()  # a committed checkpoint must not know more steps than the metrics
         if unwritten is not None:
             outcome = replace(outcome, result=None, problem=outcome.problem or unwritten)
-        done = commit(self._session.run, pending.step, self._session.world, outcome)
+        session = self._session
+        done = commit(session.run, session.fence, pending.step, session.world, outcome)
         if done.problem is not None:
             self._failed(pending.step, done.problem)
             return
@@ -209,15 +221,16 @@ class Saver:
 
     def _tidy(self, step: int) -> None:
         """Move `latest`, and remove what is no longer kept behind the training: it takes seconds on a slow disk."""
-        self._say_once(point_latest(self._session.run))
+        session = self._session
+        self._say_once(point_latest(session.run, session.fence))
         if self._remover.busy and not self._remover.ended:
             self._untidy = step  # the training does not wait for it: the next save removes more
             return
         if self._remover.busy:
             self._say_once(self._remover.wait().problem)
         self._untidy = None
-        between = partial(faults.reach, "save.retain", rank=self._session.world.rank, step=step)
-        self._remover.start(partial(retain, self._session.run, self._config, frozenset(self._sound), between))
+        between = partial(faults.reach, "save.retain", rank=session.world.rank, step=step)
+        self._remover.start(partial(retain, session.run, session.fence, self._config, frozenset(self._sound), between))
 
     def _failed(self, step: int, problem: str) -> None:
         self._problem = problem

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from mf_scale.rundir import CONFIG, STATE, VOCABULARY, RunDir, read_json
 from mf_scale.training.compiling import compile_model
 from mf_scale.training.contents import contents
 from mf_scale.training.ema import Ema
+from mf_scale.training.fence import LOCK, Fence
 from mf_scale.training.initial import initial_model
+from mf_scale.training.lock import let_go
 from mf_scale.training.optimizer import build_optimizer, group_table
 from mf_scale.training.precision import autocast, set_numerics
 from mf_scale.training.preflight import examine, refuse_unshared, settle
@@ -49,6 +50,10 @@ class Session:
     world: World
     device: torch.device
     run: RunDir
+    fence: Fence
+    """Whether this start may still write into the run directory."""
+    start: int
+    """Its number in the run directory, from 1; each session takes a new one."""
     plan: BatchPlan
     sources: tuple[Index, ...]
     """Of the training data; they have one vocabulary."""
@@ -106,10 +111,12 @@ def open_session(
     try:
         numerics = set_numerics(config, device)
         found = comm.on_first_rank(lambda: examine(config, run, world, lock))
-        comm.together(lambda: refuse_unshared(run, found["token"], world))
+        fence = Fence(run.path / LOCK, found["token"])
+        comm.together(lambda: refuse_unshared(run, fence, world))
         sources = comm.together(lambda: open_training(config.data))
         vocabulary = sources[0].vocabulary
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
+        damaged = [Path(folder) for folder in found["damaged"]]
         init_from = Path(found["init_from"]) if found["init_from"] else None
         model, started_with = comm.together(lambda: initial_model(config, vocabulary, checkpoint, init_from))
         optimizer = build_optimizer(model, config.optimizer)
@@ -135,12 +142,14 @@ def open_session(
             comm.together(lambda: _read_tensors(engine, ema, checkpoint, world))
         settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(vocabulary.to_dict(), indent=1)}
         validation = comm.together(lambda: open_validation(config.data))
-        notes += comm.on_first_rank(lambda: settle(run, settings, [Path(folder) for folder in found["damaged"]]))
+        notes += comm.on_first_rank(lambda: settle(run, fence, settings, damaged))
         yield Session(
             config=config,
             world=world,
             device=device,
             run=run,
+            fence=fence,
+            start=found["start"],
             plan=plan,
             sources=sources,
             validation=validation,
@@ -158,8 +167,7 @@ def open_session(
     finally:
         if engine is not None:
             engine.close()
-        while lock:
-            os.close(lock.pop())
+        let_go(lock)
 
 
 def _read_tensors(engine: Engine, ema: Ema | None, checkpoint: Path, world: World) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
-from mf_scale import __version__
 from mf_scale.data.state import DataState
+from mf_scale.fingerprint import library_versions
 from mf_scale.rundir import RunDir
 
 
@@ -86,10 +83,3 @@ def surroundings(run: RunDir, *, world: int, stage: int, seed: int) -> dict[str,
         "versions": library_versions(),
         "wandb_id": wandb.read_text(encoding="utf-8").strip() if wandb.is_file() else None,
     }
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of this program, Python and the libraries that results may depend on."""
-    libraries = {name: version(name) for name in ("torch", "deepspeed", "webdataset", "timm")}
-    return {"mf_scale": __version__, "python": platform.python_version(), **libraries}

@@ -7,22 +7,26 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mf_scale import faults
+from mf_scale.config.load import config_to_dict
 from mf_scale.config.schema import Config
 from mf_scale.data.batch import Batch
 from mf_scale.data.loader import train_steps
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
-from mf_scale.errors import GuardError, StoppedOnRequest, UserError
+from mf_scale.distributed.same_program import refuse_mixture
+from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
 from mf_scale.training.garbage import held_off_the_step
 from mf_scale.training.ledger import Ledger, Spike
 from mf_scale.training.preemption import StopFlag
 from mf_scale.training.recorder import Recorder, open_recorder
+from mf_scale.training.samples import record_samples, samples_in_hand
 from mf_scale.training.saver import Saver
 from mf_scale.training.schedule import lr_factor
 from mf_scale.training.session import Session, open_session
@@ -30,15 +34,21 @@ from mf_scale.training.spike import Rollback
 from mf_scale.training.step import Agreement, StepResult, agree, train_step
 from mf_scale.training.turning_back import turn_back
 from mf_scale.training.validation import validation_loss
+from mf_scale.training.watchdog import Watchdog, watched
 
 
 def train(config: Config, world: World, flag: StopFlag) -> None:
-    """Join the ranks, then `train_run`."""
-    with comm.process_group(world, timeout=config.train.collective_timeout) as device:
-        train_run(config, world, device, flag)
+    """Join the ranks, refuse a mixture of programs, then `train_run`."""
+    meeting, timeout = Path(config.run_dir), config.train.collective_timeout
+    with (
+        watched(config, world) as watchdog,
+        comm.process_group(world, timeout=timeout, meeting=meeting) as device,
+    ):
+        refuse_mixture(world, config_to_dict(config))
+        train_run(config, world, device, flag, watchdog)
 
 
-def train_run(config: Config, world: World, device: torch.device, flag: StopFlag) -> None:
+def train_run(config: Config, world: World, device: torch.device, flag: StopFlag, watchdog: Watchdog) -> None:
     """Train or go on training `config.run_dir` to its last step.
 
     Raises StoppedOnRequest once a requested stop is committed, UserError for a mistake, GuardError when going on
@@ -46,13 +56,16 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
     """
     rollback: Rollback | None = None
     while True:
+        watchdog.alive("start", 0)
         faults.reach("start", rank=world.rank, step=0)
         # Later a step's agreement hears of it, which saves first: a rollback is in no checkpoint yet.
         if rollback is None and comm.sum_array(np.array([int(flag.wanted)]))[0]:  # asked while the program was starting
             comm.barrier()
             raise StoppedOnRequest
         with open_session(config, world, device, rollback) as session, open_recorder(session) as recorder:
-            end = _run(session, recorder, flag)
+            watchdog.opened(session.start, samples_in_hand(session))
+            end = _run(session, recorder, flag, watchdog)
+            watchdog.alive("end", session.state.step)
             # Together: the first exit code that srun sees makes it end the other ranks.
             comm.barrier()
             if end == "stop":
@@ -67,15 +80,16 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
             torch.cuda.empty_cache()
 
 
-def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
+def _run(session: Session, recorder: Recorder, flag: StopFlag, watchdog: Watchdog) -> str | Spike:
     """Train until the last step ("done"), until the ranks agree to stop ("stop") or until a loss jumps."""
-    saver, ledger = Saver(session, recorder), Ledger(session, recorder)
+    saver = Saver(session, recorder, lambda: watchdog.alive("save", session.state.step))
+    ledger = Ledger(session, recorder)
     if session.state.step >= session.config.train.steps:
         recorder.note(f"nothing to do: {session.state.step:,} of {session.config.train.steps:,} steps are done")
     comm.together(saver.prepare)
     if session.rolled_back:
         saver.save()
-    stopped = _run_steps(session, recorder, saver, ledger, flag)
+    stopped = _run_steps(session, recorder, saver, ledger, flag, watchdog)
     if ledger.halted:
         saver.finish()
     if ledger.dead is not None:
@@ -83,19 +97,24 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag) -> str | Spike:
     if ledger.spike is not None:
         return ledger.spike
     saver.save_last()
-    recorder.event("stop", reason=(flag.reason or "asked through another rank") if stopped else "done")
+    reason = (flag.reason or "asked through another rank") if stopped else "done"
+    recorder.event("stop", reason=reason, exit_code=EXIT_STOPPED if stopped else 0)
     return "stop" if stopped else "done"
 
 
-def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledger, flag: StopFlag) -> bool:
+def _run_steps(
+    session: Session, recorder: Recorder, saver: Saver, ledger: Ledger, flag: StopFlag, watchdog: Watchdog
+) -> bool:
     """Take steps until the last one (False), until the ranks agree to stop (True) or `ledger.halted`."""
     config, state = session.config, session.state
     faults.reach("train.first", rank=session.world.rank, step=state.step)
     # A validation that a stop interrupted is made up for.
-    ledger.meter.pause(_validate_if_due(session, recorder, saver, flag))
+    ledger.meter.pause(_validate_if_due(session, recorder, saver, flag, watchdog))
     with closing(_stream(session, flag)) as stream, held_off_the_step(config.train.gc_every) as collector:
         while state.step < config.train.steps:
+            watchdog.alive("data", state.step + 1)
             batch, waited, failure = _next_batch(session, stream, recorder)
+            watchdog.alive("step", state.step + 1)
             agreement = agree(
                 batch,
                 session.criterion,
@@ -125,15 +144,15 @@ def _run_steps(session: Session, recorder: Recorder, saver: Saver, ledger: Ledge
             ledger.book(_train_step(session, batch, agreement, ledger), waited)
             state.step += 1
             state.samples += config.train.global_batch
-            faults.reach("train.step", rank=session.world.rank, step=state.step)
-            _record_samples(session, recorder, saver, batch, agreement)
             recorder.tick()
+            faults.reach("train.step", rank=session.world.rank, step=state.step)
+            record_samples(session, recorder, saver, batch, agreement.quarantined)
             collector.collect_if_due(state.step)
             if state.step == config.train.steps or _validation_due(session) or _save_due(session):
                 ledger.close(state.step)
             if ledger.halted:
                 return False
-            ledger.meter.pause(_validate_if_due(session, recorder, saver, flag))
+            ledger.meter.pause(_validate_if_due(session, recorder, saver, flag, watchdog))
             if _best_here(session) or (_save_due(session) and _adds(session, saver, ledger)):
                 ledger.meter.pause(saver.save())
     if comm.sum_array(np.array([int(recorder.failure is not None)]))[0]:
@@ -199,33 +218,6 @@ def _train_step(session: Session, batch: Batch, agreement: Agreement, ledger: Le
     )
 
 
-def _record_samples(session: Session, recorder: Recorder, saver: Saver, batch: Batch, agreement: Agreement) -> None:
-    """Write quarantined samples and, where wanted, the step's keys; stop when too many samples are bad."""
-    config, state = session.config, session.state
-    if agreement.quarantined:
-        state.quarantined += agreement.quarantined
-        for event in _flat(comm.gather_objects([e for e in batch.events if e.get("event") == "quarantine"])):
-            recorder.event("quarantine", **{name: value for name, value in event.items() if name != "event"})
-            where = f"{event.get('shard')}" + (f" of {event.get('source')}" if len(session.sources) > 1 else "")
-            recorder.note(f"quarantined {event.get('key')} in {where}: {event.get('reason')}")
-        of = max(state.samples, session.samples)
-        if state.quarantined / of > config.data.max_bad_fraction:
-            what = f"samples could not be decoded: {state.quarantined}, which is {state.quarantined / of:.2%} of {of:,}"
-            named = ", ".join(index.source for index in session.sources)
-            where = f"{named}, data.max_bad_fraction = {config.data.max_bad_fraction}"
-            saver.finish()
-            remedy = "Run `python -m data_tools verify` on the source; metrics.jsonl names every sample."
-            raise comm.agreed(GuardError(what, where=where, remedy=remedy))
-    if config.data.log_keys:
-        keys = _flat(comm.gather_objects(batch.keys))
-        recorder.event("keys", keys=keys)
-
-
-def _flat(parts: list[list[Any]] | None) -> list[Any]:
-    """Ranks' lists as one; empty on the ranks that gather nothing."""
-    return [item for part in parts or () for item in part]
-
-
 def _save_due(session: Session) -> bool:
     every = session.config.checkpoint.every_steps
     return bool(every) and session.state.step % every == 0
@@ -251,10 +243,16 @@ def _validation_due(session: Session) -> bool:
     return here and session.validation is not None and state.validated < state.step
 
 
-def _validate_if_due(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag) -> float:
+def _validate_if_due(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag, watchdog: Watchdog) -> float:
     """Seconds it took. A stop in between leaves the validation due. The steps before it are settled."""
     began = time.perf_counter()
+
+    def stop_wanted() -> bool:  # asked once a batch
+        watchdog.alive("validation", session.state.step)
+        return flag.wanted
+
     if _validation_due(session) and session.validation is not None:
+        watchdog.alive("validation", session.state.step)
         faults.reach("train.validation", rank=session.world.rank, step=session.state.step)
         with session.validated_weights():
             values = validation_loss(
@@ -266,7 +264,7 @@ def _validate_if_due(session: Session, recorder: Recorder, saver: Saver, flag: S
                 session.world,
                 session.transfer,
                 saver,
-                lambda: flag.wanted,
+                stop_wanted,
             )
         if values is not None:
             session.state.note_validation(values["loss"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mf_scale.distributed import comm
 from mf_scale.rundir import checkpoint_step, committed_checkpoints, disk_errors
-from mf_scale.training.checkpoint import ABANDONED, set_aside
 from mf_scale.training.guard import sound_checkpoint_before
 from mf_scale.training.ledger import Spike
+from mf_scale.training.leftovers import ABANDONED, set_aside
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.session import Session
 from mf_scale.training.spike import Rollback, first_left_out, plan_rollback
@@ -40,7 +40,8 @@ def _step_before(session: Session, step: int) -> int:
 def _set_aside_later(session: Session, step: int) -> None:
     """On rank 0: no start takes a checkpoint of what is left behind."""
     with disk_errors(session.run.checkpoints):
-        set_aside([f for f in committed_checkpoints(session.run) if checkpoint_step(f) > step], ABANDONED)
+        later = [folder for folder in committed_checkpoints(session.run) if checkpoint_step(folder) > step]
+        set_aside(session.run, session.fence, later, ABANDONED)
 
 
 def _flat(parts: list[list[str]] | None) -> list[str]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from mf_scale.config.load import load_config
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import world_from_environment
-from mf_scale.training import trainer
+from mf_scale.training import trainer, watchdog
 from mf_scale.training.preemption import install_handlers
 from tests.gpu.waits import recorded
 
@@ -46,8 +46,8 @@ def main() -> None:
     trainer.train_steps = watched  # type: ignore[assignment]
     world = world_from_environment()
     config = load_config(None, [*overrides, f"train.steps={PROFILED.stop + 1}"])
-    with comm.process_group(world, timeout=60) as device:
-        trainer.train_run(config, world, device, install_handlers())
+    with comm.process_group(world, timeout=60) as device, watchdog.watched(config, world) as dog:
+        trainer.train_run(config, world, device, install_handlers(), dog)
     told["micro_batches"] = len(WATCHED) * config.train.global_batch // config.train.micro_batch
     target.write_text(json.dumps(told))
 

@@ -14,6 +14,7 @@ from mf_scale.errors import GuardError, StoppedOnRequest
 from mf_scale.faults import VARIABLE
 from mf_scale.training.preemption import install_handlers
 from mf_scale.training.trainer import train_run
+from mf_scale.training.watchdog import watched
 
 
 def main() -> None:
@@ -21,8 +22,9 @@ def main() -> None:
     with comm.process_group(world, timeout=300) as device:
         for overrides, fault in json.loads(sys.argv[1]):
             os.environ[VARIABLE] = fault
-            with contextlib.suppress(StoppedOnRequest, GuardError):
-                train_run(load_config(None, overrides), world, device, install_handlers())
+            config = load_config(None, overrides)
+            with contextlib.suppress(StoppedOnRequest, GuardError), watched(config, world) as watchdog:
+                train_run(config, world, device, install_handlers(), watchdog)
 
 
 main()

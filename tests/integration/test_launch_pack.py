@@ -58,25 +58,53 @@ def test_without_an_array_it_packs_all(single, tmp_path):
     assert files_of(tmp_path / "out") == files_of(single)
 
 
+def slurm(folder: Path, **facts: str) -> dict[str, str]:
+    """A `scontrol` that says these facts of any job and writes down what else it is asked, a python that packs slowly;
+    the environment of a task that finds them."""
+    told = {"JobState": "RUNNING", "Reason": "None", "Restarts": "0", "Requeue": "1", **facts}
+    (folder / "facts").write_text(" ".join(f"{name}={value}" for name, value in told.items()))
+    scontrol = f"""case "$*" in
+"show job "*) cat {folder}/facts ;;
+show*) echo n1 ;;
+*) echo "$@" >> {folder}/asked ;;
+esac"""
+    python = f"""[ $2 = data_tools ] || exec {sys.executable} "$@"
+shift 2
+exec {sys.executable} -c '{SLOW}' "$@"
+"""
+    (folder / "bin").mkdir()
+    for name, text in (("scontrol", scontrol), ("python", python)):
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "42", "SLURM_ARRAY_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1", **array(0, 0, 0, 1)}
+    return {"PATH": f"{folder}/bin:{os.environ['PATH']}", **job}
+
+
+def asked(folder: Path) -> str:
+    return (folder / "asked").read_text() if (folder / "asked").exists() else ""
+
+
 def test_a_task_out_of_time_is_requeued_and_goes_on(single, tmp_path):
-    """A `scontrol` that writes down what it is asked stands in for SLURM's."""
-    (tmp_path / "bin").mkdir()
-    for name, text in (
-        ("scontrol", f'echo "$@" > {tmp_path}/asked'),
-        ("python", f"shift 2\nexec {sys.executable} -c '{SLOW}' \"$@\""),
-    ):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    task = start_task(tmp_path / "out", str(tmp_path / "bin/python"), PATH=path, SLURM_JOB_ID="42")
+    task = start_task(tmp_path / "out", str(tmp_path / "bin/python"), **slurm(tmp_path))
     wait_until(lambda: len(list((tmp_path / "out").glob("*.tar"))) > 2, task)
     os.kill(task.pid, signal.SIGUSR1)
     said = task.communicate(timeout=60)
-    assert "requeueing job 42" in said[0] and (tmp_path / "asked").read_text() == "requeue 42\n"
+    # Not `requeue 42`: the plain number of an array's last task is that of the array.
+    assert "out of time: the job is requeued" in said[1] and asked(tmp_path) == "requeue 42_0\n"
     assert task.returncode != 0 and 2 < len(list((tmp_path / "out").glob("*.tar"))) < 13
     task = start_task(tmp_path / "out")
     task.communicate(timeout=60)
     assert task.returncode == 0 and files_of(tmp_path / "out") == files_of(single)
+
+
+def test_a_task_that_was_cancelled_stays_away(tmp_path):
+    """As scancel does it: TERM to the job script, while the controller already tells of the end."""
+    task = start_task(tmp_path / "out", str(tmp_path / "bin/python"), **slurm(tmp_path, JobState="CANCELLED"))
+    wait_until(lambda: len(list((tmp_path / "out").glob("*.tar"))) > 1, task)
+    os.kill(task.pid, signal.SIGTERM)
+    said = task.communicate(timeout=60)
+    assert "cancelled" in said[1] and asked(tmp_path) == "" and task.returncode != 0
+    assert len(list((tmp_path / "out").glob("*.tar"))) < 13
 
 
 def test_mistakes_end_with_2(tmp_path):

@@ -26,9 +26,12 @@ from mf_scale.rundir import (
     resolve_checkpoint,
 )
 from mf_scale.training import checkpoint
-from mf_scale.training.checkpoint import DAMAGED, begin, commit, point_latest, set_aside, sweep, write_files
+from mf_scale.training.checkpoint import begin, commit, point_latest, write_files
+from mf_scale.training.fence import Fence
+from mf_scale.training.leftovers import DAMAGED, set_aside, sweep
 from mf_scale.training.snapshot import FileContents, live_files
 from mf_scale.training.writer import Writer, attempt
+from tests.unit.test_rundir import fence_of
 
 ONE = World(0, 1, 0)
 TEXTS = {"state.json": "{}", "vocabulary.json": '{"name": "ü"}'}
@@ -39,10 +42,11 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def save(run: RunDir, step: int, value: float = 1.0) -> str | None:
-    files = live_files([FileContents(WEIGHTS, {"w": torch.full((4,), value)}, {})])
-    problem = begin(run, step, ONE, None)
-    return problem or commit(run, step, ONE, attempt(lambda: write_files(run, step, 0, files, TEXTS))).problem
+def save(run: RunDir, step: int, value: float = 1.0, *, fence: Fence | None = None) -> str | None:
+    files, fence = live_files([FileContents(WEIGHTS, {"w": torch.full((4,), value)}, {})]), fence or fence_of(run)
+    problem = begin(run, fence, step, ONE, None)
+    written = attempt(lambda: write_files(run, fence, step, 0, files, TEXTS))
+    return problem or commit(run, fence, step, ONE, written).problem
 
 
 def names(run: RunDir) -> list[str]:
@@ -92,8 +96,8 @@ def test_whenever_a_replacement_is_killed_a_sound_checkpoint_of_the_step_is_ther
     folder, damaged = newest_sound_checkpoint(run)
     assert folder is not None and "00000008" in folder.name and not damaged
     assert len(committed_checkpoints(run)) == 2
-    swept = sweep(run)
-    assert names(run) == [LATEST, "step-00000004", "step-00000008"]
+    swept = sweep(run, fence_of(run, "def"))
+    assert names(run) == ["step-00000004", "step-00000008"]
     assert (point == "save.renamed") or any(name.startswith(".writing-") for name in swept)
     assert newest_sound_checkpoint(run) == (run.checkpoint(8), {})
     from safetensors.torch import load_file
@@ -134,39 +138,39 @@ def test_a_name_that_cannot_be_taken_gives_the_old_one_back(run: RunDir, monkeyp
 def test_one_ranks_trouble_is_everybodys(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     fine = {"problem": None, "files": {"a": {"size": 1, "sha256": "0"}}}
     bad = {"problem": "cannot write: No space left on device. Free some space.", "files": None}
-    begin(run, 8, ONE, None)
+    begin(run, fence_of(run), 8, ONE, None)
     monkeypatch.setattr(checkpoint.comm, "gather_objects", lambda _: [fine, bad])
-    done = commit(run, 8, ONE, attempt(dict))
+    done = commit(run, fence_of(run), 8, ONE, attempt(dict))
     assert done.problem is not None and done.problem.startswith("rank 1: cannot write") and done.bytes == 0
     assert names(run) == []
     monkeypatch.setattr(checkpoint.comm, "gather_objects", lambda _: [None, "no memory"])
-    assert begin(run, 8, ONE, None) == "rank 1: no memory"
+    assert begin(run, fence_of(run), 8, ONE, None) == "rank 1: no memory"
     assert names(run) == [], "no folder is made that nobody would write into"
     monkeypatch.undo()
-    begin(run, 8, ONE, None)
+    begin(run, fence_of(run), 8, ONE, None)
     monkeypatch.setattr(checkpoint.comm, "gather_objects", lambda _: [fine, fine])
-    assert commit(run, 8, ONE, attempt(dict)).bytes == 1
+    assert commit(run, fence_of(run), 8, ONE, attempt(dict)).bytes == 1
 
 
 def test_a_folder_that_cannot_be_made_is_a_problem_and_no_traceback(run: RunDir) -> None:
     run.path.mkdir()
     run.checkpoints.write_text("in the way")
-    problem = begin(run, 8, ONE, None)
+    problem = begin(run, fence_of(run), 8, ONE, None)
     assert problem is not None and "cannot write" in problem
 
 
 def test_latest_leads_to_the_newest_and_to_nothing_that_is_not_there(run: RunDir) -> None:
     for step in (4, 8):
         save(run, step)
-        assert point_latest(run) is None
+        assert point_latest(run, fence_of(run)) is None
         assert (run.checkpoints / LATEST).readlink() == Path(run.checkpoint(step).name)
     assert resolve_checkpoint(str(run.checkpoints / LATEST))[0] == run.checkpoints.resolve().parent
     assert [folder.name for folder in committed_checkpoints(run)] == ["step-00000008", "step-00000004"]
-    set_aside([run.checkpoint(8)], DAMAGED)
-    sweep(run)
+    set_aside(run, fence_of(run), [run.checkpoint(8)], DAMAGED)
+    assert point_latest(run, fence_of(run)) is None
     assert (run.checkpoints / LATEST).resolve() == run.checkpoint(4).resolve()
     shutil.rmtree(run.checkpoint(4))
-    sweep(run)
+    assert point_latest(run, fence_of(run)) is None
     assert names(run) == ["step-00000008.damaged"]
 
 
@@ -177,7 +181,7 @@ def test_a_file_system_without_links_is_a_sentence(run: RunDir, monkeypatch: pyt
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    sentence = point_latest(run)
+    sentence = point_latest(run, fence_of(run))
     assert sentence is not None and "Operation not permitted" in sentence
     assert names(run) == ["step-00000004"]
 

@@ -10,9 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from mf_scale.config.schema import Config
 from mf_scale.errors import StoppedOnRequest, UserError
+from mf_scale.rundir import RunDir
+from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.training import recorder as module
+from mf_scale.training.fence import FencedError
 from mf_scale.training.recorder import Recorder, open_recorder
+from tests.unit.test_rundir import fence_of
 
 PROGRAM = """
 import sys, time
@@ -70,7 +75,9 @@ def test_a_run_that_ends_with_lines_that_wait_says_so(
 ) -> None:
     log, notes = Log(), []
     config = SimpleNamespace(train=SimpleNamespace(steps=1), tracking=None)
-    session = SimpleNamespace(config=config, run=SimpleNamespace(path=tmp_path), world=SimpleNamespace(first=True))
+    fence = SimpleNamespace(check=lambda: None)
+    run, world = SimpleNamespace(path=tmp_path), SimpleNamespace(first=True)
+    session = SimpleNamespace(config=config, run=run, world=world, fence=fence, start=1)
     monkeypatch.setattr(module, "_announce", lambda *_: None)
     monkeypatch.setattr(module, "config_to_dict", lambda _: {})
     monkeypatch.setattr(module, "MetricsLog", lambda *_, **__: log)
@@ -83,3 +90,49 @@ def test_a_run_that_ends_with_lines_that_wait_says_so(
     if ends is None:
         assert "the last lines of metrics.jsonl cannot be written" in str(caught.value)
     assert notes == ["2 lines of metrics.jsonl are lost (No space left on device)"] and log.closed == 1
+
+
+class Wandb:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.told.append(f"step {step}")
+
+    def alert(self, title: str, text: str) -> None:
+        self.told.append(title)
+
+    def abandon(self) -> None:
+        self.told.append("abandoned")
+
+    def finish(self, exit_code: int, *, preempting: bool) -> None:
+        self.told.append(f"finished {exit_code}")
+
+
+def test_a_start_that_was_cut_off_tells_nothing_to_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHECK_SECONDS", 0.0)
+    run, wandb = RunDir(tmp_path), Wandb()
+    session = SimpleNamespace(
+        config=Config(), run=run, fence=fence_of(run), start=1, state=SimpleNamespace(step=3, updates=3)
+    )
+    log = MetricsLog(run.metrics, start=1, check=session.fence.check)
+    recorder = Recorder(session, log, wandb)  # type: ignore[arg-type]
+    recorder.begin(1)
+    recorder.event("step", step=3, loss=1.0)
+    recorder.tick()
+    assert wandb.told == ["step 3"] and recorder.failure is None and not recorder.cut_off
+    fence_of(run, "another")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
+    session.state.step = 4
+    for _ in range(2):
+        recorder.tick()
+        recorder.event("step", step=4, loss=1.0)
+        recorder.alert("checkpoint not written", "")
+    assert recorder.cut_off and recorder.flush() is None
+    with pytest.raises(FencedError):
+        recorder.settle()
+    recorder.close(1)
+    assert wandb.told[1:] == ["abandoned", "finished 1"], "of an abandoned client the end tells nothing"
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()} == before

@@ -14,7 +14,7 @@ import pytest
 
 from mf_scale.errors import UserError
 from mf_scale.tracking import metrics
-from mf_scale.tracking.metrics import MetricsLog, read_metrics
+from mf_scale.tracking.metrics import MetricsLog, newest_start, read_metrics
 
 
 def _steps(path: Path) -> list[tuple[int, float]]:
@@ -219,3 +219,99 @@ def test_an_fsync_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     else:
         with pytest.raises(UserError, match="Input/output error"):
             log.write("save", 1)
+
+
+def test_lines_of_a_training_carry_the_number_of_its_start(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", start=3)
+    log.write("step", 1, loss=1.0)
+    assert log.path.read_text().startswith('{"event": "step", "step": 1, "time": ')
+    assert list(read_metrics(log.path)[0]) == ["event", "step", "time", "start", "loss"]
+    MetricsLog(log.path).write("evaluation", 1, mIoU=0.5)
+    assert "start" not in read_metrics(log.path)[1]
+
+
+def test_lines_of_an_older_start_behind_a_newer_one_do_not_count(tmp_path: Path) -> None:
+    old, new = (MetricsLog(tmp_path / "metrics.jsonl", start=number) for number in (1, 2))
+    old.write("start", 0)
+    for step in (1, 2, 3):
+        old.write("step", step, loss=1.0)
+    new.write("start", 2)
+    old.write("step", 4, loss=1.0)
+    new.write("step", 3, loss=2.0)
+    old.write("start", 0)
+    old.write("validation", 3, loss=1.0)
+    new.write("step", 4, loss=2.0)
+    old.write("stop", 4, reason="done")
+    assert _steps(new.path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [r["event"] for r in read_metrics(new.path) if r["event"] != "step"] == ["start", "start"]
+
+
+def test_files_from_before_the_numbers_count_on(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for resumed_at in (0, 1):
+        log.write("start", resumed_at)
+        log.write("step", resumed_at + 1, loss=1.0)
+    assert newest_start(log.path) == 2 and newest_start(tmp_path / "none") == 0
+    newer = MetricsLog(log.path, start=3)
+    newer.write("start", 1)
+    newer.write("step", 2, loss=2.0)
+    assert newest_start(log.path) == 3
+    assert _steps(log.path) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_line_never_glues_to_half_a_line_of_a_start_that_was_cut_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", start=2)
+    for event in ("start", "step"):
+        with log.path.open("a") as file:
+            file.write('{"event": "step", "step": 7, "ti')
+        log.write(event, 0)
+    assert [r["event"] for r in read_metrics(log.path)] == ["start", "step"]
+    assert "2 unreadable lines" in caplog.text
+
+
+def test_a_write_that_breaks_off_cuts_nobody_elses_lines(
+    tmp_path: Path, disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer start writes between the half line and the truncation of it."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", start=1, waiting_bytes=metrics.WAITING_BYTES)
+    log.write("step", 1, loss=1.0)
+    limited = metrics.os.write
+
+    def overtaken(file: int, data: bytes) -> int:
+        try:
+            return limited(file, data)
+        except OSError:
+            with log.path.open("a") as other:
+                other.write('\n{"event": "start", "step": 1, "start": 2}\n')
+            raise
+
+    monkeypatch.setattr(metrics.os, "write", overtaken)
+    disk["bytes"] = 20
+    log.write("step", 2, loss=2.0)
+    assert [r["event"] for r in read_metrics(log.path)] == ["step", "start"]
+
+
+def test_what_must_not_be_written_is_not(tmp_path: Path, disk: dict[str, int]) -> None:
+    """The check stands before every change: opening, writing, what waits, closing."""
+    forbidden = [False]
+
+    def check() -> None:
+        if forbidden[0]:
+            raise UserError("it is another's")
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", start=1, waiting_bytes=1000, check=check)
+    log.write("step", 1, loss=1.0)
+    disk["bytes"] = 0
+    log.write("step", 2, loss=2.0)
+    disk["bytes"], forbidden[0] = 1 << 40, True
+    before = log.path.read_bytes()
+    with pytest.raises(UserError, match="another's"):
+        log.write("step", 3, loss=3.0)
+    assert "another's, 1 lines wait" in str(log.flush()) and "1 lines of" in str(log.close())
+    assert log.path.read_bytes() == before
+    log.path.write_bytes(before + b"torn")
+    with pytest.raises(UserError, match="another's"):
+        MetricsLog(log.path, start=1, check=check)
+    assert log.path.read_bytes() == before + b"torn"

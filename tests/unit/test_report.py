@@ -18,10 +18,12 @@ from PIL import Image
 from mf_scale.errors import UserError
 from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.charts import MOST_POINTS, Chart, Line, draw
+from mf_scale.tracking.charts import MOST_NAMES, MOST_POINTS, Chart, Line, Mark, draw
 from mf_scale.tracking.metrics import MetricsLog
 from mf_scale.tracking.pictures import Segmentation, add_legend, class_color, draw_segments, plain, write_png
 from mf_scale.tracking.report import headline, training_charts, write_report
+from mf_scale.tracking.status import run_status
+from tests.unit.histories import Maker
 
 
 def _train(run: RunDir, steps: int = 60) -> None:
@@ -169,7 +171,11 @@ def test_a_picture_that_is_gone_is_a_users_mistake(run: RunDir) -> None:
         write_report(run)
 
 
-def test_headline_counts_restarts_and_skipped_steps() -> None:
+def test_headline_counts_restarts_and_skipped_steps(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "run")
+    maker.begun(0)
+    maker.steps(7)
+    maker.begun(4)
     records = [
         {"event": "start", "step": 0, "resumed": False},
         {"event": "step", "step": 1200, "loss": 2.0, "images_per_second": 10.0},
@@ -177,29 +183,70 @@ def test_headline_counts_restarts_and_skipped_steps() -> None:
         {"event": "skipped", "step": 1201},
         {"event": "step", "step": 1201, "loss": None, "images_per_second": 30.0},
     ]
-    cards = {c["name"]: c["value"] for c in headline(records, [{"split": "val", "mIoU": 0.5, "PQ": None}])}
+    told = headline(records, [{"split": "val", "mIoU": 0.5, "PQ": None}], run_status(maker.run))
+    cards = {c["name"]: c["value"] for c in told}
     assert cards["mIoU, val"] == "50.0%" and "PQ, val" not in cards
     assert (cards["restarts"], cards["steps skipped"], cards["training loss, last"]) == ("1", "1", "2")
+    assert cards["steps lost to restarts"] == "3"
     assert cards["images/s, median"] == "20" and cards["steps"].replace("\u2009", "") == "1201"
 
 
 def test_charts_show_what_was_logged_and_the_resumes() -> None:
     records: list[dict[str, Any]] = [{"event": "step", "step": i, "loss": 1.0 if i % 2 else None} for i in range(10)]
-    records += [{"event": "start", "step": 4, "resumed": True}, {"event": "validation", "step": 9, "loss": 2.0}]
-    (chart,) = training_charts(records)
-    assert [line.name for line in chart.lines] == ["training", "validation"] and chart.resumes == [4]
+    records += [{"event": "validation", "step": 9, "loss": 2.0}]
+    marks = [Mark(4, "2", "resumed")]
+    (chart,) = training_charts(records, marks)
+    assert [line.name for line in chart.lines] == ["training", "validation"] and chart.resumes == marks
     assert chart.lines[0].steps == [1, 3, 5, 7, 9], "a loss that was not finite is null and is left out"
 
 
 def test_a_chart_is_sound_svg_in_the_pages_colours() -> None:
     steps = list(range(5000))
     lines = [Line("a", steps, [1.0 + s for s in steps]), Line("b", steps[:3], [1.0, 3.0, 2.0], points=True)]
-    svg, png = draw(Chart("x", "A <chart>", "s", lines, [100], log=True))
+    svg, png = draw(Chart("x", "A <chart>", "s", lines, [Mark(100, "2", "after <this>")], log=True))
     ET.fromstring(svg)
     assert "var(--series-0)" in svg and "var(--ink)" in svg and "#2f6fde" not in svg
+    assert "<title>after &lt;this&gt;</title>" in svg and ">2</text>" in svg
     assert png.startswith(b"\x89PNG")
     longest = max(len(path) for path in re.findall(r'd="([^"]*)"', svg))
     assert longest < MOST_POINTS * 40
+
+
+def test_many_marks_keep_their_texts_and_lose_their_names() -> None:
+    marks = [Mark(step, f"start {step}", f"text of {step}") for step in range(MOST_NAMES + 1)]
+    svg, _ = draw(Chart("x", "t", "", [Line("a", [0, 20], [1.0, 2.0])], marks))
+    assert svg.count("<title>text of ") == len(marks) and "start 3" not in svg
+    svg, _ = draw(Chart("x", "t", "", [Line("a", [0, 20], [1.0, 2.0])], marks[:-1]))
+    assert "start 3" in svg
+
+
+def test_the_starts_are_on_the_page(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "run")
+    maker.launched("7", 0, "node1", "node2", ranks=4)
+    maker.begun(0, job="7", restart=0)
+    maker.steps(4)
+    maker.saved()
+    maker.steps(7)
+    maker.script_ended("7", 0, 137, "a rank <b> was killed by signal 9", "requeued")
+    maker.passed(60)
+    maker.launched("7", 1, "node1")
+    maker.script_ended("7", 1, 75, "a fault of the surroundings", "requeued")
+    maker.launched("7", 2, "node1")
+    maker.begun(4, job="7", restart=2)
+    maker.steps(9)
+    html = write_report(maker.run).read_text()
+    page = _Page(html)
+    text = " ".join(page.text.split())
+    for part in ("Starts", "2 restarts lost 3 steps (6 s)", "7.0", "node1, node2", "0 → 7", "7.1", "a fault of",
+                 "a rank <b> was killed by signal 9", "1 min 02 s"):  # fmt: skip
+        assert part in text, part
+    assert "<title>start 2 goes on from step 4 after: a rank &lt;b&gt; was killed by signal 9; 3 steps lost" in html
+    assert page.loads == []
+
+
+def test_an_evaluation_without_a_run_has_no_starts(run: RunDir) -> None:
+    _evaluated(run, "val", ["cat", "dog", "sky"])
+    assert "Starts" not in _Page(write_report(run).read_text()).text
 
 
 def test_class_colours_are_fixed_and_neighbours_differ() -> None:

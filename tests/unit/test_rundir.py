@@ -23,7 +23,8 @@ from mf_scale.rundir import (
     newest_sound_checkpoint,
     resolve_checkpoint,
 )
-from mf_scale.training.checkpoint import ABANDONED, DAMAGED, set_aside, sweep, sweep_aside, without_manifest
+from mf_scale.training.fence import LOCK, Fence
+from mf_scale.training.leftovers import ABANDONED, DAMAGED, set_aside, sweep, sweep_aside, without_manifest
 
 
 def make(run: RunDir, step: int, text: str = "weights") -> Path:
@@ -34,6 +35,13 @@ def make(run: RunDir, step: int, text: str = "weights") -> Path:
     entry = {"size": file.stat().st_size, "sha256": file_digest(file)}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": {file.name: entry}}))
     return folder
+
+
+def fence_of(run: RunDir, token: str = "abc") -> Fence:
+    """The fence of a start that has just taken the run."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / LOCK).write_text(f"4711 node1 {token} - 0 1\n")
+    return Fence(run.path / LOCK, token)
 
 
 @pytest.fixture
@@ -51,11 +59,11 @@ def test_newest_first_and_half_written_never(run: RunDir) -> None:
     (run.checkpoints / ".latest.4711").symlink_to("step-00000009")
     (run.path / ".config.yaml.4711").write_text("")
     swept = [".config.yaml.4711", ".latest.4711", ".removing-step-00000008", ".writing-step-00000012"]
-    assert sorted(sweep(run)) == swept
+    assert sorted(sweep(run, fence_of(run))) == swept
     assert without_manifest(run) == ["step-00000011"], "somebody may still want its files"
-    left = ["best", "latest", "step-00000009", "step-00000010", "step-00000011"]
+    left = ["best", "step-00000009", "step-00000010", "step-00000011"]
     assert sorted(f.name for f in run.checkpoints.iterdir()) == left
-    assert [f.name for f in run.path.iterdir()] == ["checkpoints"]
+    assert sorted(f.name for f in run.path.iterdir()) == [LOCK, "checkpoints"]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "manifest"])
@@ -77,7 +85,7 @@ def test_damage_is_found_and_walked_back_from(run: RunDir, harm: str, caplog: py
     assert str(newer) in damaged[newer]
     assert resolve_checkpoint(str(run.path)) == (run.path, older)
     assert "is damaged" in caplog.text
-    set_aside(damaged, DAMAGED)
+    set_aside(run, fence_of(run), damaged, DAMAGED)
     assert [f.name for f in committed_checkpoints(run)] == ["step-00000001"]
 
 
@@ -171,10 +179,10 @@ def test_what_the_link_leads_to_is_decided_once(run: RunDir) -> None:
 
 @pytest.mark.parametrize("why", [DAMAGED, ABANDONED])
 def test_of_those_set_aside_by_earlier_starts_the_newest_stays(run: RunDir, why: str) -> None:
-    set_aside([make(run, step) for step in (2, 10, 6)], why)
+    set_aside(run, fence_of(run), [make(run, step) for step in (2, 10, 6)], why)
     (run.checkpoints / f"mine.{why}").mkdir()
     assert committed_checkpoints(run) == []
-    assert sweep_aside(run) == [f"step-00000002.{why}", f"step-00000006.{why}"]
+    assert sweep_aside(run, fence_of(run)) == [f"step-00000002.{why}", f"step-00000006.{why}"]
     assert sorted(f.name for f in run.checkpoints.iterdir()) == [f"mine.{why}", f"step-00000010.{why}"]
 
 

@@ -21,9 +21,12 @@ from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.rundir import CONFIG, STATE, VOCABULARY, WEIGHTS, RunDir, checkpoint_damage, committed_checkpoints
 from mf_scale.training import saver as module
+from mf_scale.training.fence import FencedError
+from mf_scale.training.leftovers import sweep
 from mf_scale.training.saver import RETRY_SECONDS, Saver
 from mf_scale.training.snapshot import FileContents
 from mf_scale.training.state import TrainState
+from tests.unit.test_rundir import fence_of
 
 
 class Recorder:
@@ -74,6 +77,7 @@ def make_session(folder: Path, *, resumed: bool = False, first: bool = True, **c
     return SimpleNamespace(
         config=config,
         run=RunDir(folder),
+        fence=fence_of(RunDir(folder)),
         world=World(0 if first else 1, 1 if first else 2, 0),
         device=torch.device("cpu"),
         state=make_state(),
@@ -291,10 +295,39 @@ def test_what_is_kept_and_where_latest_leads(tmp_path: Path) -> None:
 
 def test_a_file_system_without_links_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, recorder = make_session(tmp_path), Recorder()
-    monkeypatch.setattr(module, "point_latest", lambda _: "no links here")
+    monkeypatch.setattr(module, "point_latest", lambda *_: "no links here")
     saver = Saver(session, recorder)  # type: ignore[arg-type]
     for session.state.step in (4, 8):
         saver.save()
         saver.finish()
     assert recorder.notes == ["no links here"]
     assert steps(session) == [8, 4]
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["nothing left to save", "something left to save"])
+def test_a_start_that_was_cut_off_does_not_end_as_its_run_does(tmp_path: Path, saved: bool) -> None:
+    session, recorder = make_session(tmp_path), Recorder()
+    saver = Saver(session, recorder)  # type: ignore[arg-type]
+    session.state.step = 4
+    if saved:
+        saver.save_last()
+    fence_of(session.run, "another")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FencedError):
+        saver.save_last()
+    assert sorted(tmp_path.rglob("*")) == before and not recorder.notes
+
+
+def test_a_save_under_way_when_another_start_takes_over_is_never_committed(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    session, recorder = make_session(tmp_path), Recorder()
+    saver = Saver(session, recorder)  # type: ignore[arg-type]
+    session.state.step = 4
+    saver.save()
+    sweep(session.run, fence_of(session.run, "another"))
+    gate.set()
+    until(saver.written)
+    with pytest.raises(FencedError):
+        saver.commit()
+    assert list(session.run.checkpoints.iterdir()) == [] and not recorder.of("save_failed")

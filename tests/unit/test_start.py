@@ -19,6 +19,8 @@ from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
 from mf_scale.models.build import build_model
 from mf_scale.rundir import WEIGHTS, RunDir
+from mf_scale.training import preflight
+from mf_scale.training.fence import LOCK
 from mf_scale.training.initial import CLASS_HEADS, initial_model
 from mf_scale.training.optimizer import parameter_groups
 from mf_scale.training.preflight import examine, segment_counts
@@ -126,6 +128,27 @@ def test_a_resumed_run_with_another_source_is_refused_whatever_reinit_head_says(
     run.metrics.write_text("")
     with pytest.raises(UserError, match=r"start a new run_dir with train\.init_from=.*run --reinit-head"):
         examine(config, run, World(), lock)
+
+
+def test_what_others_left_is_swept_away_before_it_is_seen_what_is_there(
+    index: Index, tmp_path: Path, lock: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start that was cut off could commit in between, behind the back of the new one."""
+    _trained(tmp_path / "run", VOCABULARY_4)
+    run, seen = RunDir(tmp_path / "run"), list[list[str]]()
+    run.metrics.write_text("")
+    (run.checkpoints / ".writing-abc-step-00000004").mkdir()
+    look = preflight.newest_sound_checkpoint
+
+    def looks(run: RunDir) -> tuple[Path | None, dict[Path, str]]:
+        seen.append([LOCK for _ in run.path.glob(LOCK)] + sorted(folder.name for folder in run.checkpoints.iterdir()))
+        return look(run)
+
+    monkeypatch.setattr(preflight, "newest_sound_checkpoint", looks)
+    found = examine(_config(index, queries=4), run, World(), lock)
+    assert seen == [[LOCK, "step-00000003"]]
+    assert found["checkpoint"] == str(run.checkpoint(3)) and found["start"] == 1
+    assert "removed the unfinished .writing-abc-step-00000004" in found["notes"]
 
 
 @pytest.mark.parametrize("vocabulary", [SIX, OTHER_4], ids=["other size", "same size"])

@@ -157,6 +157,34 @@ def test_a_full_queue_drops_and_counts(run: RunDir, tmp_path: Path, monkeypatch:
     assert wandb_run.finish(timeout=0.5) is not None
 
 
+def test_an_abandoned_client_ends_at_once_and_tells_nothing(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on in another process: no end of it may be told by this one."""
+    told = tmp_path / "told"
+    _fake(
+        tmp_path,
+        monkeypatch,
+        f"""
+from pathlib import Path
+class Run:
+    def log(self, *a, **k): Path({str(told)!r}).write_text("logged")
+    def finish(self, exit_code=None): Path({str(told)!r}).write_text("finished")
+def init(**k): return Run()
+""",
+    )
+    wandb_run = WandbRun(TrackingConfig(), run, {})
+    wandb_run.log(1, {"loss": 1.0})
+    deadline = time.monotonic() + 30
+    while not told.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    wandb_run.abandon()
+    wandb_run.log(2, {"loss": 1.0})
+    assert wandb_run.finish(1) is None
+    time.sleep(0.3)
+    assert told.read_text() == "logged"
+
+
 def test_a_trainer_killed_without_a_word_leaves_a_failed_run_behind(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
