@@ -18,6 +18,9 @@ from mf_scale.distributed import elastic
 from mf_scale.distributed.launch import allow_stop_signals
 from mf_scale.distributed.ranks import enter, exit_code_for_agent
 
+DOLLARS = "$$ ${local_rank}"
+"""An argument that the agent's templates would change."""
+
 
 def rank(folder: Path, start: str, orders: list[str]) -> int:
     got: list[str] = []
@@ -46,6 +49,7 @@ def main() -> None:
     folder, orders = Path(sys.argv[1]), json.loads(sys.argv[2])
     if "RANK" in os.environ:
         enter()
+        assert sys.argv[4] == DOLLARS
         os._exit(exit_code_for_agent(rank(folder, sys.argv[3], orders)))
     elastic.RANK_MODULE = "tests.integration.elastic_start"
     codes = []
@@ -53,7 +57,7 @@ def main() -> None:
         asked: list[str] = []
         for name in DEFAULT:
             signal.signal(signal.Signals[name], lambda n, _, asked=asked: asked.append(signal.Signals(n).name))
-        arguments = [str(folder), json.dumps(told), str(number), "$$ ${local_rank}"]
+        arguments = [str(folder), json.dumps(told), str(number), DOLLARS]
         codes.append(elastic.run_ranks(arguments, 2, elastic.alone(), asked, DEFAULT))
     print(json.dumps(codes))
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The job scripts, called where they cannot work: what is the matter and what to do, at once. local.sh: test_local.py."""
+"""The job scripts, called where they cannot work: what is the matter and what to do, at once."""
 
 from __future__ import annotations
 

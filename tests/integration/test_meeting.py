@@ -121,7 +121,8 @@ def test_a_mixture_of_programs_is_refused_and_told(tmp_path, change):
 def test_train_and_evaluate_meet_in_the_run_directory(tmp_path, packed):
     run = Run(tmp_path / "run", packed)
     train = run.command("train.steps=2", "checkpoint.every_steps=0")[1:-2]
-    for command in (train, ["-m", "mf_scale.cli", "evaluate", str(run.folder)]):
+    evaluate = ["-m", "mf_scale.cli", "evaluate", str(run.folder)]
+    for command in (train, evaluate):
         step = Step(2)
         for number in range(2):
             step.start(number, command)
@@ -131,10 +132,10 @@ def test_train_and_evaluate_meet_in_the_run_directory(tmp_path, packed):
     found = json.loads((run.folder / "report/evaluation-val.json").read_text())
     assert found["samples"] == 13
     assert not list(run.folder.glob(".meeting-*"))
-    for command, odd, told in ((train, "train.log_every=7", "train.log_every"), (command, "seed=7", "overrides")):
+    for same, odd, told in ((train, "train.log_every=7", "train.log_every"), (evaluate, "seed=7", "overrides")):
         step = Step(2)
-        step.start(0, command)
-        step.start(1, [*command, odd])
+        step.start(0, same)
+        step.start(1, [*same, odd])
         ended = step.end(timeout=150)
         assert [ended[rank][0] for rank in (0, 1)] == [2, 2]
         assert f"they differ in {told} (" in ended[0][2]

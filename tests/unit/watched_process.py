@@ -17,8 +17,8 @@ from mf_scale.distributed.env import World
 from mf_scale.training import watchdog as module
 from mf_scale.training.watchdog import FIRST_TIMES, Watchdog
 
-TIMEOUT, LAST_RESORT = 1.0, 5.0
-module._TELL_SECONDS = 4.0
+TIMEOUT, LAST_RESORT = 1.0, 2.0
+module._TELL_SECONDS = 3.0
 
 
 def samples(step: int) -> list[str]:
