@@ -17,6 +17,7 @@ from mf_scale.config.signals import DEFAULT
 from mf_scale.distributed import elastic
 from mf_scale.distributed.launch import allow_stop_signals
 from mf_scale.distributed.ranks import enter, exit_code_for_agent
+from mf_scale.training.preemption import install_handlers
 
 DOLLARS = "$$ ${local_rank}"
 """An argument that the agent's templates would change."""
@@ -54,9 +55,7 @@ def main() -> None:
     elastic.RANK_MODULE = "tests.integration.elastic_start"
     codes = []
     for number, told in enumerate(orders):
-        asked: list[str] = []
-        for name in DEFAULT:
-            signal.signal(signal.Signals[name], lambda n, _, asked=asked: asked.append(signal.Signals(n).name))
+        asked = install_handlers().signals
         arguments = [str(folder), json.dumps(told), str(number), DOLLARS]
         codes.append(elastic.run_ranks(arguments, 2, elastic.alone(), asked, DEFAULT))
     print(json.dumps(codes))

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOOR = {"errors", "faults", "vocabulary", "rundir", "fragments", "fingerprint", "config", "kernels", "models.outputs", "data.batch"}
+FLOOR = {
+    "errors",
+    "faults",
+    "vocabulary",
+    "rundir",
+    "fragments",
+    "fingerprint",
+    "config",
+    "kernels",
+    "models.outputs",
+    "data.batch",
+}
 MIDDLE = {"data", "models", "matching", "losses", "distributed", "tracking"}
 ONE_FILE = ("deepspeed", "webdataset", "wandb", "xformers", "timm", "triton", "matplotlib", "jinja2", "omegaconf")
 ALLOWED = {("losses", "matching")}
