@@ -8,6 +8,9 @@
 
 mf_launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 2
 mf_signals='' mf_pid='' mf_exit=0
+# A task of an array has two names; the plain number of its last one is the whole array's.
+mf_job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || mf_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
 # First of all: an untrapped USR1 kills the batch shell. Of the two only USR1 is passed on: SLURM has sent TERM to the
 # ranks itself, and a TERM to srun costs their last lines.
@@ -44,12 +47,12 @@ mf_python() { ${mf_head[@]+"${mf_head[@]}"} "$python" -m "$@"; }
 mf_facts() {
   local try
   for try in 1 2 3; do
-    MF_JOB_FACTS=$(timeout 30 scontrol show job "$SLURM_JOB_ID") && break
+    MF_JOB_FACTS=$(timeout 30 scontrol show job "$mf_job") && break
     [ "$try" = 3 ] || sleep 5
   done
   MF_JOB_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}")
   if [ -z "$MF_JOB_FACTS" ] || [ -z "$MF_JOB_NODES" ]; then
-    mf_say "scontrol does not tell of job $SLURM_JOB_ID: SLURM's commands must be in PATH on the nodes (launch/site.env)"
+    mf_say "scontrol does not tell of job $mf_job: SLURM's commands must be in PATH on the nodes (launch/site.env)"
     return 75
   fi
   export MF_JOB_FACTS MF_JOB_NODES
@@ -64,7 +67,7 @@ mf_wait() {
 }
 
 mf_requeue() {
-  timeout 60 scontrol requeue "$SLURM_JOB_ID" ||
+  timeout 60 scontrol requeue "$mf_job" ||
     mf_say "SLURM does not requeue the job: submit the same command again, or chain jobs by --dependency=singleton"
 }
 
@@ -109,7 +112,7 @@ mf_train() {
   eval "$plan"
   mf_import_from "$mf_code"
   if [ -n "$mf_comment" ]; then
-    scontrol update JobId="$SLURM_JOB_ID" Comment="$mf_comment" ||
+    scontrol update JobId="$mf_job" Comment="$mf_comment" ||
       mf_say "the job's comment cannot be set: a requeued start takes the code and configuration that are there then"
   fi
   mf_probe

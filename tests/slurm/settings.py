@@ -20,7 +20,7 @@ class Settings:
     grace: int = 15  # between a preemption's first TERM, to the steps, and the second, to everything
     kill_wait: int = 5  # between TERM and KILL
     node_timeout: int = 8  # silence after which a node is DOWN, once the calls to it have failed
-    message: int = 10  # for an answer of a daemon; with less a busy node answers late, and the signal sent again hits the next start
+    message: int = 10  # for an answer of a daemon; when a busy node is late, the signal sent again hits the next start
     credential: int = 5  # a requeued job waits one second longer than this
     unkillable: int = 30
     proctrack: str = "auto"  # auto: cgroup where a freezer can be written, else linuxproc
