@@ -15,10 +15,6 @@ from tests.slurm.client import ClusterError
 from tests.slurm.testbed import Cluster, unavailable
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slurm: a real SLURM on this machine; skipped with a reason where there is none")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test of this folder is a SLURM test."""
     for item in items:
