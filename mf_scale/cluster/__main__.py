@@ -26,7 +26,7 @@ from mf_scale.errors import UserError
 from mf_scale.fingerprint import code_digest
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.launches import GIVEN_UP, LEFT, REQUEUED, append_launch, read_launches
-from mf_scale.tracking.progress import furthest_step
+from mf_scale.tracking.progress import reach_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,8 +115,8 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
 def _decide(options: argparse.Namespace, rest: list[str]) -> int:
     """Writes the end of the start, prints `requeue` where the job script must ask for it."""
     run, job = RunDir(options.run), this_job()
-    launches, reached = read_launches(run), furthest_step(run)
-    fruitless = fruitless_starts(launches, since=first_submitted(job, launches), furthest=reached)
+    launches, reached = read_launches(run), reach_of(run)
+    fruitless = fruitless_starts(launches, since=first_submitted(job, launches), now=reached)
     signals = options.signals.split()
     decision = decide(options.code, signals, job.facts, job.start.restart, fruitless, options.cap)
     if decision.superseded:
@@ -129,14 +129,14 @@ def _decide(options: argparse.Namespace, rest: list[str]) -> int:
         restart=job.start.restart,
         code=options.code,
         signals=signals,
-        step=reached,
+        step=reached.step,
         why=decision.why,
         then=decision.then,
     )
     told = {
         REQUEUED: "the job is requeued" if decision.ask else "SLURM brings the job back",
         LEFT: "requeueing is not allowed for this job: the next one of its chain goes on",
-        GIVEN_UP: f"given up, since {fruitless} starts in a row brought the run no further than step {reached:,} "
+        GIVEN_UP: f"given up, since {fruitless} starts in a row brought the run no further than step {reached.step:,} "
         f"(launch.fruitless_starts = {options.cap}); see the lines above, then submit again",
     }
     after = f": {told[decision.then]}" if decision.then in told else ""

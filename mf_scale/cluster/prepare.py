@@ -19,7 +19,7 @@ from mf_scale.config.validate import validate
 from mf_scale.errors import EXIT_GUARD, GuardError
 from mf_scale.rundir import RunDir, disk_errors
 from mf_scale.tracking.launches import FINAL, GIVEN_UP, Launch, append_launch, read_launches
-from mf_scale.tracking.progress import furthest_step
+from mf_scale.tracking.progress import Reach, reach_of
 
 MARK = "mf_scale:"
 """What stands in a job's comment before the folder that its starts are trained from."""
@@ -105,7 +105,7 @@ def prepare(request: Request, job: Job) -> Plan:
     places = room(job)
     launches = read_launches(run)
     layout = lay_out(config, places, adapt=_comes_back(job, launches, sum(places)))
-    reached, submitted = furthest_step(run), first_submitted(job, launches)
+    reached, submitted = reach_of(run), first_submitted(job, launches)
     _refuse_ended(job, launches, submitted, reached, config.launch.fruitless_starts)
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,8 @@ def prepare(request: Request, job: Job) -> Plan:
         submitted=submitted,
         nodes=list(job.nodes[: layout.nodes]),
         ranks=layout.ranks,
-        step=reached,
+        step=reached.step,
+        committed=reached.committed,
         notes=notes,
     )
     return Plan(
@@ -142,7 +143,7 @@ def _comes_back(job: Job, launches: Sequence[Launch], places: int) -> bool:
     return mine or job.start.restart > 0 or bool(launches and places < launches[-1].ranks)
 
 
-def _refuse_ended(job: Job, launches: Sequence[Launch], submitted: float, reached: int, cap: int) -> None:
+def _refuse_ended(job: Job, launches: Sequence[Launch], submitted: float, reached: Reach, cap: int) -> None:
     """A later job of a chain must not bring back a run that was ended; whoever submits anew, after it, may."""
     last = launches[-1] if launches else None
     if last is not None and submitted and (last.ended or 0) > submitted:
@@ -154,13 +155,13 @@ def _refuse_ended(job: Job, launches: Sequence[Launch], submitted: float, reache
             )
         if last.then == GIVEN_UP and last.job != job.start.job:
             raise GuardError(
-                f"job {last.job} was given up after {cap} starts that brought the run no further than step {reached:,}",
+                f"job {last.job} was given up after {cap} starts that brought the run no further than step {reached.step:,}",
                 where=f"job {job.start.job}",
                 remedy="See its log; submit again once you have seen to it.",
             )
-    if fruitless_starts(launches, since=submitted, furthest=reached) >= cap:
+    if fruitless_starts(launches, since=submitted, now=reached) >= cap:
         raise GuardError(
-            f"{cap} starts in a row brought the run no further than step {reached:,}; the last one: "
+            f"{cap} starts in a row brought the run no further than step {reached.step:,}; the last one: "
             f"{(last.why if last else '') or 'cut off without a word'}",
             where=f"job {job.start.job}, launch.fruitless_starts = {cap}",
             remedy="See the log, then submit again.",

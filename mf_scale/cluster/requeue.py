@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mf_scale.errors import EXIT_FAULT, EXIT_GUARD, EXIT_STOPPED, EXIT_USER
 from mf_scale.tracking.launches import DONE, FINAL, GIVEN_UP, LEFT, REQUEUED, Launch
+from mf_scale.tracking.progress import Reach
 
 _SIGNALLED = 128
 
@@ -80,14 +81,14 @@ def _stopped(signals: Sequence[str], facts: Mapping[str, str]) -> str:
     return "a preemption" if preempted else "a stop asked of the ranks"
 
 
-def fruitless_starts(launches: Sequence[Launch], *, since: float, furthest: int) -> int:
-    """Starts at the end of `launches` in a row that brought the run no further, `furthest` being where it is now.
+def fruitless_starts(launches: Sequence[Launch], *, since: float, now: Reach) -> int:
+    """Starts at the end of `launches` in a row that brought the run no further than the one before; it is at `now`.
 
     Only those begun at or after `since` (the job's submission) count: whoever submits again has seen to it.
     """
-    count, reached = 0, furthest
+    count = 0
     for launch in reversed(launches):
-        if launch.began < since or reached > launch.from_step:
+        if launch.began < since or now.further_than(launch.before):
             break
-        count, reached = count + 1, launch.from_step
+        count, now = count + 1, launch.before
     return count

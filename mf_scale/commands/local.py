@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mf_scale.commands.arguments import OVERRIDES, add_processes, wanted_ranks
 from mf_scale.config.schema import Config
 from mf_scale.errors import EXIT_GUARD, EXIT_STOPPED, EXIT_USER, UserError
-from mf_scale.rundir import RunDir, checkpoint_step, committed_checkpoints
-from mf_scale.tracking.progress import furthest_step
+from mf_scale.rundir import RunDir
+from mf_scale.tracking.progress import Reach, reach_of
 from mf_scale.training.preemption import StopFlag, configure, install_handlers
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     Group = OneMachine | Machines
 
 _LONGEST_PAUSE = 60.0
-
-
-class _Progress(NamedTuple):
-    checkpoint: int
-    step: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,14 +75,13 @@ def _bring_back(command: Sequence[str], ranks: int, config: Config, flag: StopFl
     from mf_scale.distributed.elastic import run_ranks
 
     run, cap = RunDir(Path(config.run_dir)), config.launch.fruitless_starts
-    best, fruitless = _progress(run), 0
+    best, fruitless = reach_of(run), 0
     while True:
         place = group.place(flag.signals)
         code = run_ranks(command, ranks, place, flag.signals, config.train.stop_signals)
-        now = _progress(run)
-        further = now.checkpoint > best.checkpoint or now.step > best.step
-        best = _Progress(max(now.checkpoint, best.checkpoint), max(now.step, best.step))
-        fruitless = 0 if further else fruitless + 1
+        now = reach_of(run)
+        fruitless = 0 if now.further_than(best) else fruitless + 1
+        best = Reach(max(now.step, best.step), max(now.committed, best.committed))
         code, over = group.agree(code, bool(flag.signals) or fruitless >= cap)
         if code in (0, EXIT_USER, EXIT_GUARD):
             return code
@@ -95,7 +89,7 @@ def _bring_back(command: Sequence[str], ranks: int, config: Config, flag: StopFl
             if fruitless >= cap:
                 _say(f"{fruitless} starts in a row brought the run no further than step {best.step}: giving up")
             return code
-        _say(f"the ranks ended with exit code {code}: starting again{_from(now.checkpoint)}")
+        _say(f"the ranks ended with exit code {code}: starting again{_from(now.committed)}")
         if _asked_within(_pause(fruitless), flag):
             return code
 
@@ -114,11 +108,6 @@ def _asked_within(seconds: float, flag: StopFlag) -> bool:
     while time.monotonic() < deadline and not flag.signals:
         time.sleep(0.1)
     return bool(flag.signals)
-
-
-def _progress(run: RunDir) -> _Progress:
-    newest = next(iter(committed_checkpoints(run)), None)
-    return _Progress(checkpoint_step(newest) if newest else 0, furthest_step(run))
 
 
 def _say(text: str) -> None:

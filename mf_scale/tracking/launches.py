@@ -2,10 +2,10 @@
 
 metrics.jsonl is the training's word on its steps; this is the launcher's on starts that may never have come to a step.
 
-    {"event": "launch", "time", "job", "restart", "submitted", "nodes": [...], "ranks", "step", "notes": [...]}
+    {"event": "launch", "time", "job", "restart", "submitted", "nodes": [...], "ranks", "step", "committed", "notes": [...]}
     {"event": "end", "time", "job", "restart", "code", "signals": [...], "step", "why", "then"}
 
-`step` is the furthest step that the run had reached by then, `why` a sentence on what ended the start, `then` one of
+`step` is the furthest step that the run had reached by then, `committed` that of its newest checkpoint, `why` a sentence on what ended the start, `then` one of
 THEN. A launch without an end was cut off: its node was lost, or SLURM killed the job script.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_scale.rundir import RunDir, disk_errors
+from mf_scale.tracking.progress import Reach
 
 LAUNCHES = "launches.jsonl"
 REQUEUED, DONE, FINAL, GIVEN_UP, LEFT = "requeued", "done", "final", "given up", "left to the next job"
@@ -40,8 +41,8 @@ class Launch:
     """Unix seconds at which the job was submitted; 0 where SLURM does not tell."""
     nodes: tuple[str, ...]
     ranks: int
-    from_step: int
-    """The furthest step the run had reached before."""
+    before: Reach
+    """How far the run had come."""
     notes: tuple[str, ...]
     ended: float | None = None
     code: int | None = None
@@ -105,7 +106,7 @@ def _launch(record: dict[str, Any]) -> Launch:
         submitted=float(record.get("submitted") or 0),
         nodes=tuple(str(node) for node in record.get("nodes", ())),
         ranks=int(record.get("ranks") or 0),
-        from_step=int(record.get("step") or 0),
+        before=Reach(int(record.get("step") or 0), int(record.get("committed") or 0)),
         notes=tuple(str(note) for note in record.get("notes", ())),
     )
 

@@ -114,6 +114,26 @@ def furthest_step(run: RunDir) -> int:
     return max([0, *slots, *checkpoints, *(record["step"] for record in last_lines(run.metrics))])
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far a run has come. A start that goes on from an older checkpoint commits before it takes a new step."""
+
+    step: int
+    """The furthest step that any start has come to."""
+    committed: int
+    """Step of the newest checkpoint; 0: there is none."""
+
+    def further_than(self, other: Reach) -> bool:
+        """Whether something was reached or committed that `other` had not."""
+        return self.step > other.step or self.committed > other.committed
+
+
+def reach_of(run: RunDir) -> Reach:
+    """How far a run has come."""
+    newest = next(iter(committed_checkpoints(run)), None)
+    return Reach(furthest_step(run), checkpoint_step(newest) if newest else 0)
+
+
 def last_lines(metrics: Path) -> list[dict[str, Any]]:
     """The last whole lines of a metrics.jsonl, one at least where there is one, in their order; [] without the file."""
     try:
