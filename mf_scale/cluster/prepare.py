@@ -155,7 +155,7 @@ def _refuse_ended(job: Job, launches: Sequence[Launch], submitted: float, reache
             )
         if last.then == GIVEN_UP and last.job != job.start.job:
             raise GuardError(
-                f"job {last.job} was given up after {cap} starts that brought the run no further than step {reached.step:,}",
+                f"job {last.job} was given up: {cap} starts brought the run no further than step {reached.step:,}",
                 where=f"job {job.start.job}",
                 remedy="See its log; submit again once you have seen to it.",
             )

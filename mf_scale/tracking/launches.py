@@ -2,11 +2,12 @@
 
 metrics.jsonl is the training's word on its steps; this is the launcher's on starts that may never have come to a step.
 
-    {"event": "launch", "time", "job", "restart", "submitted", "nodes": [...], "ranks", "step", "committed", "notes": [...]}
-    {"event": "end", "time", "job", "restart", "code", "signals": [...], "step", "why", "then"}
+    {"event": "launch", "time", "job", "restart", "submitted", "nodes", "ranks", "step", "committed", "notes"}
+    {"event": "end", "time", "job", "restart", "code", "signals", "step", "why", "then"}
 
-`step` is the furthest step that the run had reached by then, `committed` that of its newest checkpoint, `why` a sentence on what ended the start, `then` one of
-THEN. A launch without an end was cut off: its node was lost, or SLURM killed the job script.
+`step` is the furthest step that the run had reached by then, `committed` that of its newest checkpoint, `why` a
+sentence on what ended the start, `then` one of THEN. A launch without an end was cut off: its node was lost, or SLURM
+killed the job script.
 """
 
 from __future__ import annotations
