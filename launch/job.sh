@@ -147,7 +147,7 @@ mf_submit() {
     exit 2
   fi
   frozen=$(mf_python mf_scale.cluster freeze --root "$mf_root" "$@") || exit $?
-  exec sbatch ${options[@]+"${options[@]}"} "$script" ${frozen:+--frozen "$frozen"} "$@"
+  exec sbatch ${frozen:+--comment="mf_scale:$frozen"} ${options[@]+"${options[@]}"} "$mf_root/$script" "$@"
 }
 
 # $1: the job script. $2: the frozen copy that the job's comment names, or nothing. The rest is the command line.

@@ -25,6 +25,8 @@ def reach(point: str, *, rank: int, step: int) -> None:
         time.sleep(3600)
     if is_ordered("freeze", point, rank=rank, step=step):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if is_ordered("slow", point, rank=rank, step=step):
+        time.sleep(1)
     if is_ordered("full", point, rank=rank, step=step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
