@@ -15,8 +15,8 @@ VARIABLE = "MF_SCALE_FAULT"
 
 
 def reach(point: str, *, rank: int, step: int) -> None:
-    """Be at `point` and, if ordered, die of SIGKILL (kill), get a SIGTERM (stop), hang (hang), be stopped as a whole
-    until a SIGCONT comes (freeze) or see a full disk (full)."""
+    """Be at `point` and, if ordered, die of SIGKILL (kill), get a SIGTERM (stop), hang (hang), be a second late (slow),
+    be stopped as a whole until a SIGCONT comes (freeze) or see a full disk (full)."""
     if is_ordered("kill", point, rank=rank, step=step):
         os.kill(os.getpid(), signal.SIGKILL)
     if is_ordered("stop", point, rank=rank, step=step):

@@ -81,7 +81,9 @@ def test_a_lost_node_leaves_a_smaller_allocation(
     spare, lost = cluster.nodes[2], cluster.nodes[1]
     cluster.scontrol("update", f"NodeName={spare}", "State=DRAIN", "Reason=test")
     try:
-        training = Training(cluster, Run(tmp_path / "run", packed)).submit("--nodes=1-2", "--ntasks-per-node=2")
+        # Without --ntasks-per-node: with it SLURM holds the job to the number of tasks that it had at first.
+        options = ("--nodes=1-2", "--exclusive", "--gpus-per-node=2")
+        training = Training(cluster, Run(tmp_path / "run", packed)).submit(*options)
         training.until_step(6)
         cluster.kill_daemon(lost, with_jobs=True)
         cluster.wait_start(training.job, 1, 120)
