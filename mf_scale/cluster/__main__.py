@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mf_scale.cluster import more_commands
+from mf_scale.cluster import other_scripts
 from mf_scale.cluster.job import this_job
 from mf_scale.cluster.prepare import Request, configuration, first_submitted, frozen_copy, prepare
 from mf_scale.cluster.probe import judge, node_report
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--signals", default="")
     command.add_argument("--cap", type=int, required=True)
     command.set_defaults(call=_decide)
-    more_commands.add(commands)
+    other_scripts.add(commands)
     return parser
 
 
