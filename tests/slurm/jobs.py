@@ -9,6 +9,7 @@ from pathlib import Path
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.launches import Launch, read_launches
 from tests.integration.program import SMALL, Run
+from tests.slurm.processes import Process
 from tests.slurm.testbed import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,17 @@ class Training:
 
         self.cluster.wait_until(f"a step of start {starts}", taken, timeout, self.job)
 
+    def tasks(self) -> dict[int, Process]:
+        """Rank -> process of the start that SLURM knows of, without what an older one left behind."""
+        fields = self.cluster.job(self.job)
+        found = {}
+        for node in self.cluster.nodes_of(self.job) if fields["JobState"] == "RUNNING" else []:
+            for rank, process in self.cluster.ranks(self.job, node).items():
+                mine = process.environment().get("SLURM_RESTART_COUNT", "0") == fields["Restarts"]
+                if mine and "mf_scale.cli train" in process.command:
+                    found[rank] = process
+        return found
+
     def until_ended(self, timeout: float = 180) -> int:
         """Until the job is out of the queue; its exit code."""
         gone = lambda: not self.cluster.squeue("%i", f"--jobs={self.job}")  # noqa: E731
@@ -65,12 +77,12 @@ class Training:
         return self.cluster.exit_code(self.job)
 
 
-def assert_same_history(run: Run, reference: Run, *, exactly: bool = True) -> None:
+def assert_same_history(run: Run, reference: Run, *, exactly: bool = True, steps: int = STEPS) -> None:
     """Every step once, with the keys and the loss of the undisturbed run."""
     keys, wanted = run.series("keys", "keys"), reference.series("keys", "keys")
     assert {step: sorted(of) for step, of in keys.items()} == {step: sorted(of) for step, of in wanted.items()}
     losses, expected = run.series("step", "loss"), reference.series("step", "loss")
-    assert list(losses) == list(expected) == list(range(1, STEPS + 1))
+    assert list(losses) == list(expected) == list(range(1, steps + 1))
     # On another layout floats are added in another order, which training carries on.
     tolerance = 0.0 if exactly else 0.02
     assert all(abs(losses[step] - expected[step]) <= tolerance * expected[step] for step in expected)
