@@ -54,6 +54,9 @@ def test_preempted_requeued_killed_and_cut_off_it_loses_nothing(
         ("", ""),  # of the start that was cut off nobody could tell
         ("done", "done"),
     }
+    assert training.log.count("resuming") >= 4, "the log is appended to"
+    tracked = {folder.name.rpartition("-")[2] for folder in training.run.folder.glob("wandb/offline-run-*")}
+    assert tracked == {(training.run.folder / "wandb/run-id").read_text().strip()}, "one W&B run"
     # A preemption and a requeue with their grace lose nothing.
     assert [start["after"]["lost_steps"] for start in starts[1:3]] == [0, 0]
 

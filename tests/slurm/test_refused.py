@@ -72,7 +72,7 @@ def test_a_submission_is_checked_and_kept_before_the_queue(cluster: Cluster, tmp
     training = Training(cluster, Run(tmp_path / "run", packed))
     config = tmp_path / "mine.yaml"
     config.write_text(f"base: {ROOT / 'configs/base.yaml'}\n")
-    words = [str(root / "launch/multinode.sh"), "--nodes=1", "--ntasks=1", "--hold",
+    words = [str(root / "launch/singlenode.sh"), "--hold",
              f"--output={tmp_path}/run.log", "--", str(config), *training.words("train.steps=3")[1:]]  # fmt: skip
 
     wrong = cluster.login("bash", *words, "train.stps=3", env=environment, cwd=tmp_path, check=False)

@@ -17,7 +17,7 @@ from tests.integration.program import Run
 from tests.slurm.jobs import OURS, Training, assert_same_history
 from tests.slurm.testbed import Cluster
 
-SMALLER = ("train.global_batch=4", "data.crop=[32,32]", "train.hang_timeout=20", "launch.fruitless_starts=20")
+SMALLER = ("train.global_batch=4", "train.hang_timeout=20", "launch.fruitless_starts=20")
 DEATHS = ("rank killed", "ranks of a node killed", "slurmd and tasks killed", "head: power cut", "other: power cut")
 ASKED = ("preemption", "requeue", "SIGUSR1 to a rank", "SIGTERM to a rank")
 CUTS = ("head: network cut", "other: network cut", "head: slurmd alone killed", "other: slurmd alone killed")
@@ -36,7 +36,6 @@ class Fault:
     moment: str
     time: float = 0.0
     """Unix seconds."""
-    step: int = 0
     start: int = 0
     """Number of the newest start that had come to training."""
     launch: int = 0
@@ -99,6 +98,11 @@ class Soak:
 
     # -- the schedule
 
+    def pace(self, fault: str | None) -> None:
+        """What the steps of the next starts are slowed down by."""
+        for node in self.cluster.nodes:
+            self.cluster.task_environment(node, **({"MF_SCALE_FAULT": fault} if fault else {}))
+
     def run(self) -> None:
         before = Fault("", "")
         for number, fault in enumerate(self.faults):
@@ -107,14 +111,15 @@ class Soak:
             tasks = self.training.tasks()
             names = self.cluster.nodes_of(self.training.job)
             fault.start, _ = self.start()
-            fault.step, fault.restarts = self.training.run.last_step(), self.restarts()
-            fault.launch = len(self.training.launches) - 1
+            fault.restarts, fault.launch = self.restarts(), len(self.training.launches) - 1
+            if fault is self.faults[-1]:
+                self.pace(None)
             if fault.moment == SAVING:
                 self.until("a save", self.saves, 90)
             fault.time = time.time()
             self.done.append(fault)
             mend = self.strike(fault.kind, tasks, names)
-            self.until(f"a restart after {fault.kind}", lambda f=fault: self.restarts() > f.restarts, 200)
+            self.until_restarted(fault)
             self.until_mended(mend, fault, patient=follows != STARTING)
             before = fault
 
@@ -131,6 +136,9 @@ class Soak:
 
         self.until(f"{steps} steps of a new start", taken, 240)
         self.until("every rank of it", self.all_here, 30)
+
+    def until_restarted(self, fault: Fault) -> None:
+        self.until(f"a restart after {fault.kind}", lambda: self.restarts() > fault.restarts, 200)
 
     def all_here(self) -> bool:
         return sorted(self.training.tasks()) == [0, 1, 2, 3]
@@ -208,11 +216,12 @@ class Soak:
                 r["after"]["lost_steps"] or 0 for r in starts if r["after"] and (not after or r["start"] <= after.start)
             ]
             steps = [r["time"] for r in lines if r["event"] == "step" and r["start"] > fault.start]
+            step = str(max((r["step"] for r in lines if r["start"] == fault.start and r["event"] == "step"), default=0))
             hit = launches[fault.launch] if 0 <= fault.launch < len(launches) else None
             why = f"{hit.why or 'cut off'}, {hit.then or 'back by SLURM'}" if hit else "?"
             wait = f"{min(steps) - fault.time:.0f}" if steps else "-"
             known = str((after.restarts if after else self.restarts()) - fault.restarts)
-            row = (str(number + 1), fault.kind, fault.moment, str(fault.step), known, why, str(sum(lost)), wait)
+            row = (str(number + 1), fault.kind, fault.moment, step, known, why, str(sum(lost)), wait)
             rows.append(row)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(r, widths, strict=True)) for r in rows)
@@ -242,15 +251,12 @@ def test_random_faults_of_the_cluster_lose_nothing(
     assert done.returncode == 0, done.stderr
 
     training = Training(cluster, Run(tmp_path / "run", packed))
-    for node in cluster.nodes:  # a pace at which a fault meets the step that it is meant for
-        cluster.task_environment(node, MF_SCALE_FAULT="slow train.step")
     options = ("--nodes=2", "--ntasks-per-node=2", "--time=60", f"--signal=B:USR1@{WARNING}")
-    training.submit(*options, overrides=overrides)
     soak = Soak(training, schedule(faults, chance), chance)
+    soak.pace("slow train.step")  # so that a fault meets the step that it is meant for
+    training.submit(*options, overrides=overrides)
     try:
         soak.run()
-        for node in cluster.nodes:
-            cluster.task_environment(node)
         assert training.until_ended(300 + 4 * steps) == 0, training.log[-3000:]
     finally:
         print(f"\n{soak.table()}")
