@@ -44,6 +44,7 @@ ALONE = (
     "train.validation step=4",
     "save.retain step=6",  # removes an older checkpoint
 )
+FEW = ("start", "train.step step=1", "save.part step=2", "save.checked step=2", "save.retain step=6")
 TWO_RANKS = ("save.part rank=1 step=2", "save.rename rank=0 step=2")
 
 
@@ -150,14 +151,18 @@ def assert_undisturbed(run: Run, whole: Run) -> None:
     assert left == ["latest", "step-00000006", "step-00000008"]
 
 
-def test_a_start_that_was_cut_off_writes_nothing_wherever_it_was(tmp_path: Path, packed: Path) -> None:
+@pytest.mark.parametrize(
+    "points", [FEW, pytest.param(ALONE, marks=pytest.mark.soak)], ids=["a few points", "every point"]
+)
+def test_a_start_that_was_cut_off_writes_nothing(tmp_path: Path, packed: Path, points: tuple[str, ...]) -> None:
     run, whole = Run(tmp_path / "run", packed), Run(tmp_path / "whole", packed)
     assert whole.train(*SETTINGS, processes=1).returncode == 0
-    told = relay(run, ALONE, processes=1)
-    assert "at step 6" in told and "was taken over from an older start of this job (job 7, restart 8" in told
+    told = relay(run, points, processes=1)
+    assert "at step 6" in told
+    assert f"was taken over from an older start of this job (job 7, restart {len(points) - 1}" in told
     assert_undisturbed(run, whole)
     numbers = [r["start"] for r in run.records() if r["event"] == "start"]
-    assert numbers == sorted(set(numbers)) and len(numbers) == len(ALONE), "the one asleep before the lock had none"
+    assert numbers == sorted(set(numbers)) and len(numbers) == len(points), "the one asleep before the lock had none"
 
 
 def test_the_ranks_of_a_start_that_was_cut_off_leave_together(tmp_path: Path, packed: Path) -> None:
