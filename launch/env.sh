@@ -1,8 +1,10 @@
 # Sourced by the launchers: settings of the libraries, each with its reason. What is set already stays. A site's own go
 # into launch/site.env, which is read first: modules, PATH of SLURM's commands, MF_PYTHON, network interfaces, for example
 #   module load cuda; export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 MF_ADDRESS=$(hostname)-ib0
-if [ -f "$(dirname "${BASH_SOURCE[0]}")/site.env" ]; then
+if [ -z "${mf_site_read:-}" ] && [ -f "$(dirname "${BASH_SOURCE[0]}")/site.env" ]; then
+  set +u # modules do not expect it
   . "$(dirname "${BASH_SOURCE[0]}")/site.env"
+  set -u
 fi
 # Ranks that wait for a dead peer fail with an error instead of hanging (torch's default since 2.2, said aloud).
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"

@@ -10,20 +10,24 @@
 # begins anew; out of time it is given up.
 set -u
 root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-if [ ! -f "$root/launch/job.sh" ]; then
+if [ ! -f "$root/launch/start.sh" ]; then
   echo "evaluate.sh: $root is not the project's folder: submit from there or set MF_ROOT" >&2
   exit 2
 fi
-. "$root/launch/job.sh"
+. "$root/launch/start.sh"
 if [ $# -lt 1 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "usage: sbatch [options] launch/evaluate.sh RUN|CHECKPOINT [key=value ...] [--split val|train]" >&2
   echo "without SLURM: mf-scale evaluate RUN" >&2
   exit 2
 fi
 mf_project "$root"
-mf_facts || exit $?
-places=$(mf_python mf_scale.cluster places) || exit $?
-eval "$places"
+mf_facts && places=$(mf_python mf_scale.cluster places)
+mf_exit=$?
+if [ "$mf_exit" -ne 0 ]; then
+  mf_again
+  exit "$mf_exit"
+fi
+eval "${places#*'# the plan'}"
 mf_ranks evaluate "$@"
 answer=''
 mf_facts && answer=$(mf_python mf_scale.cluster again --code "$mf_exit" --signals "$mf_signals")

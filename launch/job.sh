@@ -1,5 +1,5 @@
-# Sourced by the job scripts: what they have in common. Nothing here is written to but the run directory.
-#   mf_main CONFIG [key=value ...]   in a job: check, train, requeue; outside of one: keep a copy and submit
+# Sourced by launch/start.sh: what the job scripts have in common. Nothing here is written to but the run directory.
+#   mf_main SCRIPT CONFIG [key=value ...]   in a job: check, train, requeue; outside of one: keep a copy and submit
 #   mf_wait PID                      wait through signals; the exit code in mf_exit
 #   mf_facts                         what SLURM says of this job, for the Python halves (mf_scale/cluster)
 #   mf_requeue                       ask SLURM to start this job again
@@ -7,21 +7,12 @@
 # (default: MF_ROOT/.venv/bin/python), MF_CONTAINER and MF_CONTAINER_MOUNTS (launch/container.sh).
 
 mf_launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 2
-mf_signals='' mf_pid='' mf_exit=0
-# A task of an array has two names; the plain number of its last one is the whole array's.
-mf_job=${SLURM_JOB_ID:-}
-[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || mf_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
-# First of all: an untrapped USR1 kills the batch shell. Of the two only USR1 is passed on: SLURM has sent TERM to the
-# ranks itself, and a TERM to srun costs their last lines.
-trap 'mf_signals="$mf_signals USR1"; [ -n "$mf_pid" ] && kill -USR1 "$mf_pid" 2>/dev/null' USR1
-trap 'mf_signals="$mf_signals TERM"' TERM
 
 mf_say() { echo "mf_scale: $*" >&2; }
 
 # Where the project is, which Python runs it, and in what container. $1: the folder that mf_scale is imported from.
 mf_project() {
-  mf_root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+  mf_root=$root
   . "$mf_launch/env.sh"
   python=${MF_PYTHON:-$mf_root/.venv/bin/python}
   . "$mf_launch/container.sh"
@@ -44,18 +35,34 @@ mf_import_from() {
 # A Python half, on this node.
 mf_python() { ${mf_head[@]+"${mf_head[@]}"} "$python" -m "$@"; }
 
-mf_facts() {
-  local try
-  for try in 1 2 3; do
-    MF_JOB_FACTS=$(timeout 30 scontrol show job "$mf_job") && break
-    [ "$try" = 3 ] || sleep 5
+# Whether this is the script of a job, and not a command typed inside an interactive one.
+mf_in_job() {
+  [ -n "${SLURM_JOB_ID:-}" ] && { [ "${ENVIRONMENT:-}" = BATCH ] || [ "$(basename "$0")" = slurm_script ]; }
+}
+
+# A command of SLURM's controller, which may be away for some minutes while it restarts or fails over. A job that is
+# being ended has no time to wait.
+mf_patiently() {
+  local deadline=$((SECONDS + ${MF_PATIENCE:-600}))
+  until timeout 30 "$@"; do
+    case $mf_signals in *TERM*) return 1 ;; esac
+    [ "$SECONDS" -lt "$deadline" ] || return 1
+    sleep 10
   done
+}
+
+mf_facts() {
+  if ! command -v scontrol >/dev/null; then
+    mf_say "SLURM's commands are not in PATH on $(hostname): see launch/site.env"
+    return 2
+  fi
+  MF_JOB_FACTS=$(mf_patiently scontrol show job "$mf_job")
   MF_JOB_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}")
-  if [ -z "$MF_JOB_FACTS" ] || [ -z "$MF_JOB_NODES" ]; then
-    mf_say "scontrol does not tell of job $mf_job: SLURM's commands must be in PATH on the nodes (launch/site.env)"
+  export MF_JOB_FACTS MF_JOB_NODES
+  if [ -z "$MF_JOB_FACTS" ]; then
+    mf_say "SLURM's controller does not tell of job $mf_job"
     return 75
   fi
-  export MF_JOB_FACTS MF_JOB_NODES
 }
 
 # A trapped signal ends `wait` early; the last `wait` gives the true exit code.
@@ -66,16 +73,33 @@ mf_wait() {
   mf_exit=$?
 }
 
+# What has been ended meanwhile stays ended: SLURM would bring even a cancelled job back to life.
 mf_requeue() {
-  timeout 60 scontrol requeue "$mf_job" ||
+  mf_facts || return
+  case $MF_JOB_FACTS in
+    *JobState=RUNNING* | *Reason=TimeLimit*) ;;
+    *)
+      mf_say "the job was ended meanwhile: it is not requeued"
+      return
+      ;;
+  esac
+  mf_patiently scontrol requeue "$mf_job" ||
     mf_say "SLURM does not requeue the job: submit the same command again, or chain jobs by --dependency=singleton"
+}
+
+# Bring the job back although its run directory can be neither read nor written; SLURM's own count bounds it.
+mf_again() {
+  local answer=''
+  case $mf_exit in 0 | 2 | 3) return ;; esac
+  mf_facts && answer=$(mf_python mf_scale.cluster again --code 75 --signals "$mf_signals" --resumes)
+  if [ "$answer" = requeue ]; then mf_requeue; fi
 }
 
 # One look at every node: can it start Python, does it see the run directory, is its clock right, is its code the same.
 mf_probe() {
   local began answers
   began=$(date +%s.%N)
-  answers=$(timeout -k 5 60 srun --nodes="$mf_nodes" --ntasks="$mf_nodes" --ntasks-per-node=1 \
+  answers=$(timeout -k 5 "${MF_PROBE_SECONDS:-60}" srun --nodes="$mf_nodes" --ntasks="$mf_nodes" --ntasks-per-node=1 \
     ${mf_srun[@]+"${mf_srun[@]}"} /bin/sh -c '
       token=$1; shift
       "$@" -m mf_scale.cluster probe "$token"
@@ -90,26 +114,37 @@ mf_probe() {
 
 # The ranks: one task each, Python itself the task. --cpus-per-task is not inherited from sbatch since SLURM 22.05.
 mf_ranks() {
-  local cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / mf_per_node))}
-  [ "$cpus" -gt 0 ] || cpus=1
   # Ranks of a node share its cores; without this each takes them all.
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$mf_cpus}"
   # In the background, since a trap waits for the foreground command to end.
-  srun --nodes="$mf_nodes" --ntasks="$mf_ranks" --ntasks-per-node="$mf_per_node" --cpus-per-task="$cpus" \
+  srun --nodes="$mf_nodes" --ntasks="$mf_ranks" --ntasks-per-node="$mf_per_node" --cpus-per-task="$mf_cpus" \
     --kill-on-bad-exit=1 ${mf_srun[@]+"${mf_srun[@]}"} ${mf_inside[@]+"${mf_inside[@]}"} \
     "$python" -m mf_scale.cli "$@" &
   mf_pid=$!
+  # Asked between the two lines above; asked twice is asked once.
+  case $mf_signals in *USR1*) kill -USR1 "$mf_pid" 2>/dev/null ;; esac
   mf_wait "$mf_pid"
   mf_pid=''
 }
 
-# Check, train, and bring the job back where that makes sense. $1: the frozen copy of an earlier start, or nothing.
+# Check, train, and bring the job back where that makes sense.
 mf_train() {
-  local frozen=$1 plan
-  shift
-  mf_facts || exit $?
-  plan=$(mf_python mf_scale.cluster prepare --root "$mf_root" ${frozen:+--frozen "$frozen"} "$@") || exit $?
-  eval "$plan"
+  local plan told
+  mf_facts
+  mf_exit=$?
+  if [ "$mf_exit" -eq 0 ]; then
+    # A job submitted from within another one has that one's count.
+    told=${MF_JOB_FACTS#*Restarts=}
+    told=${told%%[!0-9]*}
+    [ "${SLURM_RESTART_COUNT:-0}" -le "${told:-0}" ] || export SLURM_RESTART_COUNT="$told"
+    plan=$(mf_python mf_scale.cluster prepare --root "$mf_root" ${frozen:+--frozen "$frozen"} "$@")
+    mf_exit=$?
+  fi
+  if [ "$mf_exit" -ne 0 ]; then
+    mf_again
+    exit "$mf_exit"
+  fi
+  eval "${plan#*'# the plan'}" # containers and modules may greet before it
   mf_import_from "$mf_code"
   if [ -n "$mf_comment" ]; then
     scontrol update JobId="$mf_job" Comment="$mf_comment" ||
@@ -125,19 +160,25 @@ mf_train() {
 
 mf_finish() {
   local answer=''
-  mf_facts && answer=$(mf_python mf_scale.cluster decide --run "$mf_run" --code "$mf_exit" --signals "$mf_signals" \
-    --cap "$mf_cap")
-  [ "$answer" = requeue ] && mf_requeue
+  if mf_facts && answer=$(mf_python mf_scale.cluster decide --run "$mf_run" --code "$mf_exit" \
+    --signals "$mf_signals" --cap "$mf_cap"); then
+    if [ "$answer" = requeue ]; then mf_requeue; fi
+  else
+    mf_again
+  fi
   exit "$mf_exit"
 }
 
 # Outside of a job: keep a copy of code and configuration now, and submit. Options of sbatch come before `--`.
 mf_submit() {
-  local script=$1 options=() word frozen
+  local script=$1 options=() comment='' word frozen
   shift
   for word in "$@"; do
     if [ "$word" = -- ]; then
-      while [ "$1" != -- ]; do options+=("$1"); shift; done
+      while [ "$1" != -- ]; do
+        case $1 in --comment=*) comment="${1#--comment=} " ;; *) options+=("$1") ;; esac
+        shift
+      done
       shift
       break
     fi
@@ -147,21 +188,22 @@ mf_submit() {
     exit 2
   fi
   frozen=$(mf_python mf_scale.cluster freeze --root "$mf_root" "$@") || exit $?
-  exec sbatch ${frozen:+--comment="mf_scale:$frozen"} ${options[@]+"${options[@]}"} "$mf_root/$script" "$@"
+  comment=$comment${frozen:+mf_scale:$frozen}
+  exec sbatch ${comment:+--comment="$comment"} ${options[@]+"${options[@]}"} "$mf_root/$script" "$@"
 }
 
-# $1: the job script. $2: the frozen copy that the job's comment names, or nothing. The rest is the command line.
+# $1: the job script. The rest is the command line.
 mf_main() {
-  local script=$1 frozen=$2
-  shift 2
+  local script=$1
+  shift
   if [ $# -lt 1 ]; then
     echo "usage: sbatch [options] $script CONFIG [key=value ...] [--live-code] [--freeze-anew]" >&2
     echo "   or: bash $script [options of sbatch --] CONFIG ..., which checks and keeps a copy before it submits" >&2
     exit 2
   fi
-  mf_project "${frozen:-${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}}"
-  if [ -z "${SLURM_JOB_ID:-}" ]; then
+  mf_project "${frozen:-$root}"
+  if ! mf_in_job; then
     mf_submit "$script" "$@"
   fi
-  mf_train "$frozen" "$@"
+  mf_train "$@"
 }

@@ -11,15 +11,10 @@
 # Exit codes: 0 done; 2 a user's mistake and 3 a guard are never requeued; 85 (stopped on request, state committed) and
 # all others are, until launch.fruitless_starts of them in a row brought the run no further.
 set -u
-# A task of an array has two names; the plain number of its last one is the whole array's.
-mf_job=${SLURM_JOB_ID:-none}
-[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || mf_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-# A start that was requeued takes everything from the copy that was made of what was submitted: its comment names it.
-frozen=$(scontrol show job "$mf_job" 2>/dev/null | sed -n 's/^ *Comment=.*mf_scale: *//p' | sed 's/ *$//')
-root=${frozen:-${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}}
-if [ ! -f "$root/launch/job.sh" ]; then
+root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+if [ ! -f "$root/launch/start.sh" ]; then
   echo "multinode.sh: $root is not the project's folder: submit from there or set MF_ROOT" >&2
   exit 2
 fi
-. "$root/launch/job.sh"
-mf_main launch/multinode.sh "$frozen" "$@"
+. "$root/launch/start.sh"
+mf_main launch/multinode.sh "$@"

@@ -17,11 +17,11 @@ if [ $# -lt 3 ]; then
   exit 2
 fi
 root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-if [ ! -f "$root/launch/job.sh" ]; then
+if [ ! -f "$root/launch/start.sh" ]; then
   echo "pack.sh: $root is not the project's folder: submit from there or set MF_ROOT" >&2
   exit 2
 fi
-. "$root/launch/job.sh"
+. "$root/launch/start.sh"
 mf_project "$root"
 
 id=${SLURM_ARRAY_TASK_ID:-0} first=${SLURM_ARRAY_TASK_MIN:-0} last=${SLURM_ARRAY_TASK_MAX:-0}

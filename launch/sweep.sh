@@ -13,30 +13,29 @@
 #   sbatch --array=0-7%2 [options] launch/sweep.sh GRID CONFIG [key=value ...]
 # The array must fit the grid; some runs alone: --array=3,5, or for the first few MF_SWEEP_PART=1 sbatch --array=0-1 ...
 set -u
-# A task of an array has two names; the plain number of its last one is the whole array's.
-mf_job=${SLURM_JOB_ID:-none}
-[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || mf_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-# A start that was requeued takes everything from the copy that was made of what was submitted: its comment names it.
-frozen=$(scontrol show job "$mf_job" 2>/dev/null | sed -n 's/^ *Comment=.*mf_scale: *//p' | sed 's/ *$//')
-root=${frozen:-${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}}
-if [ ! -f "$root/launch/job.sh" ]; then
+root=${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+if [ ! -f "$root/launch/start.sh" ]; then
   echo "sweep.sh: $root is not the project's folder: submit from there or set MF_ROOT" >&2
   exit 2
 fi
-. "$root/launch/job.sh"
+. "$root/launch/start.sh"
 if [ $# -lt 2 ]; then
   echo "usage: bash launch/sweep.sh GRID CONFIG [key=value ...], which shows the runs" >&2
   echo "   or: sbatch --array=0-N [options] launch/sweep.sh GRID CONFIG [key=value ...] [--live-code]" >&2
   exit 2
 fi
-mf_project "${frozen:-${MF_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}}"
-if [ -z "${SLURM_JOB_ID:-}" ]; then
+mf_project "${frozen:-$root}"
+if ! mf_in_job; then
   mf_python mf_scale.cluster sweep-list "$@"
   exit
 fi
 
-mf_facts || exit $?
-chosen=$(mf_python mf_scale.cluster sweep-run ${frozen:+--frozen "$frozen"} "$@") || exit $?
-eval "$chosen"
+mf_facts && chosen=$(mf_python mf_scale.cluster sweep-run ${frozen:+--frozen "$frozen"} "$@")
+mf_exit=$?
+if [ "$mf_exit" -ne 0 ]; then
+  mf_again
+  exit "$mf_exit"
+fi
+eval "${chosen#*'# the plan'}"
 trap 'mf_python mf_scale.cluster sweep-summary "$mf_sweep"' EXIT
-mf_train "$frozen" "${mf_words[@]}"
+mf_train "${mf_words[@]}"

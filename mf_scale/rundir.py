@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -38,6 +38,10 @@ WRITING = ".writing-"
 start that writes it."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """A disk or a quota that is full: it passes, once somebody makes room."""
+_PERSISTENT = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
+"""What stays so until somebody mends it."""
 _NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What FUSE and SMB answer to the fsync of a folder, which they do not have."""
 _PREFIX = "step-"
@@ -252,13 +256,12 @@ def file_digest(file: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a UserError with the remedy."""
+    """Turn an OSError of writing `path` into a UserError with the remedy, a FaultError if it passes (a full disk)."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write: {error.strerror or error}", where=str(path), remedy=_disk_remedy(error)
-        ) from error
+        kind = UserError if error.errno in _PERSISTENT else FaultError
+        raise kind(f"cannot write: {error.strerror or error}", where=str(path), remedy=_disk_remedy(error)) from error
 
 
 def _disk_remedy(error: OSError) -> str:

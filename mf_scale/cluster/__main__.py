@@ -22,7 +22,7 @@ from mf_scale.cluster.job import this_job
 from mf_scale.cluster.prepare import Request, configuration, first_submitted, frozen_copy, prepare
 from mf_scale.cluster.probe import judge, node_report
 from mf_scale.cluster.requeue import decide, fruitless_starts
-from mf_scale.errors import UserError
+from mf_scale.errors import EXIT_FAULT, UserError
 from mf_scale.fingerprint import code_digest
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.launches import GIVEN_UP, LEFT, REQUEUED, append_launch, read_launches
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mf_scale: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"mf_scale: the storage fails: {error}", file=sys.stderr)
+        return EXIT_FAULT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(options: argparse.Namespace, rest: list[str]) -> Request:
-    named = [word for word in rest if not word.startswith("-") and "=" not in word]
+    named = [word for word in rest if not word.startswith("-") and ("=" not in word or Path(word).is_file())]
     if len(named) != 1:
         told = f"{' and '.join(named[:2])} are both no key=value" if named else "no configuration file is named"
         raise UserError(told, where="command line", remedy="The arguments are CONFIG [key=value ...].")
@@ -100,14 +103,16 @@ def _probe(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _judge(options: argparse.Namespace, rest: list[str]) -> int:
+    job = this_job()
     judge(
         sys.stdin,
-        this_job().nodes[: options.nodes],
+        job.nodes[: options.nodes],
         began=options.began,
         ended=time.time(),
         run=options.run,
         code=code_digest(),
         python=f"{sys.executable} ({platform.python_version()})",
+        comes_back=job.start.restart > 0,
     )
     return 0
 
@@ -122,17 +127,20 @@ def _decide(options: argparse.Namespace, rest: list[str]) -> int:
     if decision.superseded:
         print(f"mf_scale: {decision.why}: this one leaves it alone", file=sys.stderr)
         return 0
-    append_launch(
-        run,
-        "end",
-        job=job.start.job,
-        restart=job.start.restart,
-        code=options.code,
-        signals=signals,
-        step=reached.step,
-        why=decision.why,
-        then=decision.then,
-    )
+    try:
+        append_launch(
+            run,
+            "end",
+            job=job.start.job,
+            restart=job.start.restart,
+            code=options.code,
+            signals=signals,
+            step=reached.step,
+            why=decision.why,
+            then=decision.then,
+        )
+    except UserError as error:  # a full disk must not keep the job from coming back
+        print(f"mf_scale: the end of this start is not on record: {error}", file=sys.stderr)
     told = {
         REQUEUED: "the job is requeued" if decision.ask else "SLURM brings the job back",
         LEFT: "requeueing is not allowed for this job: the next one of its chain goes on",

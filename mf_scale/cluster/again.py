@@ -25,7 +25,7 @@ def start_again(
     out_of_time = "USR1" in signals
     if "TERM" in signals:
         # scancel is final: SLURM would bring even a job that completes back to life if it were asked to requeue it.
-        if facts.get("Reason") != "TimeLimit":
+        if facts.get("Reason") != "TimeLimit" and facts.get("JobState") != "RUNNING":
             return False, "cancelled"
         out_of_time = True
     elif facts.get("JobState") != "RUNNING":

@@ -57,7 +57,7 @@ def freeze(
     files = _files(config, effective, root, package)
     texts = {CONFIG: config_to_yaml(load_config(config)).encode()}
     present = _digest(files, texts)
-    newest = _newest(run)
+    newest = _newest(run, anew=anew)
     late = [] if anew or not submitted else _changed_after(files, config, submitted)
     if newest is None:
         if late:
@@ -94,14 +94,17 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 
 def _counts(file: Path, folder: Path) -> bool:
-    return file.is_file() and file.name != _FACTS and "__pycache__" not in file.relative_to(folder).parts
+    """Not what an editor or NFS leaves beside the files: merely looking at one must not end a job."""
+    parts = file.relative_to(folder).parts
+    left = "__pycache__" in parts or any(part.startswith(".") for part in parts) or file.name.endswith("~")
+    return file.is_file() and file.name != _FACTS and not left
 
 
 def _files(config: Path, effective: Config, root: Path, package: Path) -> dict[str, Path]:
     """Name in the copy -> file."""
     files = {f"mf_scale/{f.relative_to(package)}": f for f in package.rglob("*") if _counts(f, package)}
     launch = root / "launch"
-    files |= {f"launch/{f.name}": f for f in launch.glob("*") if f.suffix in (".sh", ".env")}
+    files |= {f"launch/{f.name}": f for f in launch.glob("*") if f.suffix == ".sh"}
     return files | _builder_files(effective)
 
 
@@ -116,11 +119,11 @@ def _builder_files(config: Config) -> dict[str, Path]:
     if spec is None or "site-packages" in str(spec.origin) or spec.origin in (None, "built-in", "frozen"):
         places = list(spec.submodule_search_locations or ()) if spec is not None and spec.origin is None else []
         folder = Path(places[0]) if places and "site-packages" not in places[0] else None
-        return {f"{top}/{f.relative_to(folder)}": f for f in folder.rglob("*.py")} if folder else {}
+        return {f"{top}/{f.relative_to(folder)}": f for f in folder.rglob("*") if _counts(f, folder)} if folder else {}
     file = Path(str(spec.origin))
     if file.name != "__init__.py":
         return {file.name: file}
-    return {f"{top}/{f.relative_to(file.parent)}": f for f in file.parent.rglob("*.py")}
+    return {f"{top}/{f.relative_to(file.parent)}": f for f in file.parent.rglob("*") if _counts(f, file.parent)}
 
 
 def _digest(files: Mapping[str, Path], texts: Mapping[str, bytes]) -> str:
@@ -131,12 +134,20 @@ def _digest(files: Mapping[str, Path], texts: Mapping[str, bytes]) -> str:
     return total.hexdigest()[:_NAME_LENGTH]
 
 
-def _newest(run: RunDir) -> Frozen | None:
+def _newest(run: RunDir, *, anew: bool) -> Frozen | None:
+    """The last copy, if it is there; with `anew` only a sound one, else UserError where it was altered."""
     try:
         name = (run.path / CODE / _NEWEST).read_text(encoding="utf-8").strip()
-    except OSError:
+    except FileNotFoundError:
         return None
-    return open_frozen(run.path / CODE / name) if name else None
+    if not name or not (run.path / CODE / name / _FACTS).is_file():
+        return None
+    try:
+        return open_frozen(run.path / CODE / name)
+    except UserError:
+        if anew:
+            return None
+        raise
 
 
 def _changed_after(files: Mapping[str, Path], config: Path, submitted: float) -> list[str]:
@@ -161,27 +172,36 @@ def _copy(
 ) -> Frozen:
     folder, made = run.path / CODE / name, run.path / CODE / f".freezing-{name}-{os.getpid()}"
     facts = {"config": str(config), "frozen": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": _commit(root)}
+    if folder.is_dir() and _digest(_inside(folder), {}) != name:
+        folder.rename(folder.with_name(f".altered-{name}-{os.getpid()}"))
     with disk_errors(folder):
         if not folder.is_dir():
-            for inside, file in files.items():
-                (made / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, made / inside)
-            for inside, data in texts.items():
-                (made / inside).write_bytes(data)
-            (made / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            whole = _digest(_inside(made), {}) == name
             try:
-                if whole:
-                    made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another task of an array was quicker
-                    raise
+                _fill(made, files, texts, json.dumps(facts, indent=1))
+                if _digest(_inside(made), {}) != name:
+                    raise UserError("files changed while they were copied", where=str(root), remedy="Submit again.")
+                _take_name(made, folder)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
-            if not whole:
-                raise UserError("files changed while they were copied", where=str(root), remedy="Submit again.")
         write_atomically(run.path / CODE / _NEWEST, name)
     return open_frozen(folder)
+
+
+def _fill(made: Path, files: Mapping[str, Path], texts: Mapping[str, bytes], facts: str) -> None:
+    for inside, file in files.items():
+        (made / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, made / inside)
+    for inside, data in texts.items():
+        (made / inside).write_bytes(data)
+    (made / _FACTS).write_text(facts, encoding="utf-8")
+
+
+def _take_name(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another task of an array was quicker
+            raise
 
 
 def _commit(root: Path) -> str | None:

@@ -32,6 +32,10 @@ class Job:
     """CPUs of the job on each node."""
     gpus: int
     """GPUs of the job on a node; 0: none."""
+    gpus_unevenly: bool
+    """GPUs were asked for over all nodes together."""
+    cpus_per_task: int
+    """As asked for; 0: not."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Fields of `scontrol show job`."""
 
@@ -51,15 +55,20 @@ def this_job(environment: Mapping[str, str] = os.environ) -> Job:
         )
     number = environment["SLURM_JOB_ID"]
     nodes = tuple(environment.get(NODES, "").split())
+    facts = parse_facts(environment[FACTS])
     return Job(
         start=start,
         number=number,
         nodes=nodes,
         tasks=counts(environment.get("SLURM_TASKS_PER_NODE", "1"), len(nodes)),
-        tasks_asked="SLURM_NTASKS" in environment,
+        tasks_asked=_own(environment, "SLURM_NTASKS", facts.get("NumTasks")),
         cpus=counts(environment.get("SLURM_JOB_CPUS_PER_NODE", "1"), len(nodes)),
         gpus=_whole(environment.get("SLURM_GPUS_ON_NODE", "0")),
-        facts=parse_facts(environment.get(FACTS, "")),
+        gpus_unevenly="SLURM_GPUS" in environment and "SLURM_GPUS_PER_NODE" not in environment,
+        cpus_per_task=_whole(environment["SLURM_CPUS_PER_TASK"])
+        if _own(environment, "SLURM_CPUS_PER_TASK", facts.get("CPUs/Task"))
+        else 0,
+        facts=facts,
     )
 
 
@@ -108,6 +117,11 @@ def counts(text: str, nodes: int) -> tuple[int, ...]:
             remedy="A node left the allocation (--no-kill): submit again without it.",
         )
     return tuple(values)
+
+
+def _own(environment: Mapping[str, str], name: str, told: str | None) -> bool:
+    """Whether a variable is this job's: one submitted from within another job inherits that one's."""
+    return name in environment and told in (None, "N/A", environment[name])
 
 
 def _whole(text: str) -> int:

@@ -24,6 +24,12 @@ class Layout:
 
 def room(job: Job) -> tuple[int, ...]:
     """Ranks that each node of the job has room for; raises UserError where tasks and GPUs contradict each other."""
+    if job.gpus_unevenly and len(job.nodes) > 1:
+        raise UserError(
+            "the job asked for a number of GPUs over all of its nodes, so that nodes may have different numbers",
+            where=f"job {job.start.job}",
+            remedy="Ask for --gpus-per-node.",
+        )
     if job.gpus == 0:
         return job.tasks if job.tasks_asked else (1,) * len(job.nodes)
     if job.tasks_asked:
@@ -44,6 +50,11 @@ def room(job: Job) -> tuple[int, ...]:
             remedy=f"Add --ntasks-per-node={job.gpus} and, for the loader processes, --cpus-per-task.",
         )
     return (job.gpus,) * len(job.nodes)
+
+
+def cpus_of_a_rank(job: Job, per_node: int) -> int:
+    """CPUs of each rank: as many as asked for, else its share of the node that has fewest."""
+    return job.cpus_per_task or max(1, min(job.cpus) // per_node)
 
 
 def lay_out(config: Config, places: tuple[int, ...], *, adapt: bool) -> Layout:

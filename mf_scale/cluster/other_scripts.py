@@ -17,7 +17,8 @@ from typing import Any
 
 from mf_scale.cluster.again import start_again
 from mf_scale.cluster.job import this_job
-from mf_scale.cluster.layout import room
+from mf_scale.cluster.layout import cpus_of_a_rank, room
+from mf_scale.cluster.prepare import SHELL
 from mf_scale.cluster.sweep import PART, choose, listing, this_task
 from mf_scale.errors import UserError
 
@@ -63,7 +64,7 @@ def _choose(options: argparse.Namespace, rest: list[str]) -> int:
     task, part = this_task(), os.environ.get(PART) == "1"
     chosen = choose(Path(grid), config, overrides, task, submitted=this_job().submitted, part=part)
     print(f"mf_scale: run {task.number} of the grid: {chosen.run.name}", file=sys.stderr)
-    print(chosen.shell([word for word in rest if word != grid]))
+    print(SHELL, chosen.shell([word for word in rest if word != grid]), sep="\n")
     return 0
 
 
@@ -77,8 +78,10 @@ def _summarize(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _places(options: argparse.Namespace, rest: list[str]) -> int:
-    places = room(this_job())
-    print(f"mf_nodes={len(places)}\nmf_ranks={sum(places)}\nmf_per_node={max(places)}")
+    job = this_job()
+    places = room(job)
+    print(SHELL, f"mf_nodes={len(places)}", f"mf_ranks={sum(places)}", f"mf_per_node={max(places)}", sep="\n")
+    print(f"mf_cpus={cpus_of_a_rank(job, max(places))}")
     return 0
 
 

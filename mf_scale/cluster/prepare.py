@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -11,16 +12,18 @@ from pathlib import Path
 import mf_scale
 from mf_scale.cluster.frozen import CODE, Frozen, freeze, frozen_facts, open_frozen
 from mf_scale.cluster.job import Job, marked_comment
-from mf_scale.cluster.layout import Layout, lay_out, room
+from mf_scale.cluster.layout import Layout, cpus_of_a_rank, lay_out, room
 from mf_scale.cluster.requeue import fruitless_starts
 from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import validate
-from mf_scale.errors import EXIT_GUARD, GuardError
+from mf_scale.errors import EXIT_GUARD, GuardError, UserError
 from mf_scale.rundir import RunDir, disk_errors
 from mf_scale.tracking.launches import FINAL, GIVEN_UP, Launch, append_launch, read_launches
 from mf_scale.tracking.progress import Reach, reach_of
 
+SHELL = "# the plan"
+"""The line before assignments for a job script, which takes what stands behind it: containers greet on stdout."""
 MARK = "mf_scale:"
 """What stands in a job's comment before the folder that its starts are trained from."""
 
@@ -52,6 +55,8 @@ class Plan:
     """The folder that mf_scale is imported from."""
     comment: str
     """The job's new comment, by which its next start finds the copy; empty where it stays."""
+    cpus: int
+    """CPUs of a rank."""
     cap: int
     """launch.fruitless_starts."""
     token: Path
@@ -68,11 +73,12 @@ class Plan:
             "mf_nodes": self.layout.nodes,
             "mf_ranks": self.layout.ranks,
             "mf_per_node": self.layout.per_node,
+            "mf_cpus": self.cpus,
             "mf_comment": self.comment,
             "mf_cap": self.cap,
         }
         lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
-        return "\n".join([*lines, f"mf_arguments=({words})"])
+        return "\n".join([SHELL, *lines, f"mf_arguments=({words})"])
 
 
 def configuration(request: Request) -> Config:
@@ -87,6 +93,12 @@ def frozen_copy(request: Request, run: RunDir, config: Config, submitted: float)
     """The copy to train from; None with --live-code."""
     if request.live_code:
         return None
+    if os.pathsep in str(run.path):
+        raise UserError(
+            f"the run directory's path holds a {os.pathsep!r}, which Python's path cannot",
+            where=str(run.path),
+            remedy="Choose another run_dir, or train the present files with --live-code.",
+        )
     if request.frozen is not None:
         return open_frozen(request.frozen)
     package = Path(mf_scale.__file__).parent
@@ -130,6 +142,7 @@ def prepare(request: Request, job: Job) -> Plan:
         arguments=(str(frozen.config if frozen else request.config), *request.overrides),
         code=frozen.folder if frozen else Path(mf_scale.__file__).parents[1],
         comment=marked_comment(job, MARK, str(frozen.folder)) if frozen else "",
+        cpus=cpus_of_a_rank(job, layout.per_node),
         cap=config.launch.fruitless_starts,
         token=token,
         notes=(*notes, _about(frozen)),
@@ -170,7 +183,7 @@ def _refuse_ended(job: Job, launches: Sequence[Launch], submitted: float, reache
 
 def _token(run: RunDir, job: Job) -> Path:
     """A fresh file that the other nodes look for; those of earlier starts go."""
-    for old in run.path.glob(".seen-*"):
+    for old in run.path.glob(f".seen-{job.start.job}-*"):
         old.unlink(missing_ok=True)
     token = run.path / f".seen-{job.start.job}-{job.start.restart}-{secrets.token_hex(4)}"
     with disk_errors(token):

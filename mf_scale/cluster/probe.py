@@ -39,24 +39,34 @@ def node_report(token: Path) -> dict[str, Any]:
 
 
 def judge(
-    lines: Iterable[str], nodes: Sequence[str], *, began: float, ended: float, run: Path, code: str, python: str
+    lines: Iterable[str],
+    nodes: Sequence[str],
+    *,
+    began: float,
+    ended: float,
+    run: Path,
+    code: str,
+    python: str,
+    comes_back: bool,
 ) -> None:
     """Raise for the first thing that is wrong with what the nodes said between `began` and `ended` (Unix seconds).
 
     UserError: Python or the run directory is not to be seen on a node, clocks differ, code differs. FaultError: a node
-    said nothing, which another start on other nodes may mend.
+    said nothing or stumbled, or (`comes_back`: this is not the first start) sees no more what it saw before; another
+    start, later or on other nodes, may mend that.
     """
+    mistake = FaultError if comes_back else UserError
     reports = [report for line in lines if (report := _read(line)) is not None]
     blind = [str(r["node"]) for r in reports if "missing" in r]
     if blind:
-        raise UserError(
+        raise mistake(
             f"{_some(blind)} cannot start {python}: the virtual environment is not visible there",
             where=f"job on {len(nodes)} nodes",
             remedy="Put it on a file system that all nodes share, or name one with MF_PYTHON.",
         )
     failed = [r for r in reports if "failed" in r]
     if failed:
-        raise UserError(
+        raise FaultError(
             f"{_some([str(r['node']) for r in failed])} cannot run the program with {python} (exit code "
             f"{failed[0]['failed']})",
             where=f"job on {len(nodes)} nodes",
@@ -65,7 +75,7 @@ def judge(
     _judge_answers(reports, nodes)
     apart = [str(r["node"]) for r in reports if not r["sees"]]
     if apart:
-        raise UserError(
+        raise mistake(
             f"{_some(apart)} does not see what the head node wrote into the run directory",
             where=str(run),
             remedy="Choose a run_dir on a file system that all nodes share.",
@@ -75,6 +85,8 @@ def judge(
 
 
 def _judge_answers(reports: list[dict[str, Any]], nodes: Sequence[str]) -> None:
+    if not reports:
+        raise FaultError("srun could not ask the nodes", where="srun", remedy="The lines above tell why.")
     short = {name.partition(".")[0] for name in nodes}
     heard = {str(r["node"]).partition(".")[0] for r in reports}
     silent = sorted(short - heard)

@@ -15,6 +15,9 @@ from mf_scale.tracking.launches import DONE, FINAL, GIVEN_UP, LEFT, REQUEUED, La
 from mf_scale.tracking.progress import Reach
 
 _SIGNALLED = 128
+_ENDED_BY_SRUN = _SIGNALLED + 15
+"""srun tells the highest code of its tasks, and once one has ended badly it ends the others with TERM."""
+_ASKED = "a stop asked of the ranks"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ def decide(
         # SLURM counts a requeue of its own at once, while the start that it ends is still completing.
         if facts.get("JobState") in ("RUNNING", "CONFIGURING", "SUSPENDED"):
             return Decision(FINAL, "a newer start of this job runs", superseded=True)
-        return Decision(REQUEUED, "SLURM requeued the job" if "TERM" in signals else why)
+        # A head node without its daemon hears of nothing, while the ranks on the others are told to stop.
+        told = "TERM" in signals or why == _ASKED
+        return Decision(REQUEUED, "SLURM requeued the job" if told else why)
     # scancel is final: SLURM would bring a job that completes back to life if it were asked to requeue it. The time
     # limit alone ends a job that nobody wanted to end.
-    cancelled = "TERM" in signals and facts.get("Reason") != "TimeLimit"
+    cancelled = _cancelled(signals, facts)
     if code == 0 or cancelled or code in (EXIT_USER, EXIT_GUARD):
         return Decision(FINAL if code else DONE, why)
     if fruitless >= cap:
@@ -65,20 +70,29 @@ def _why(code: int, signals: Sequence[str], facts: Mapping[str, str]) -> str:
     }
     if code in plain:
         return plain[code]
-    if "TERM" in signals:
-        return "the time limit" if facts.get("Reason") == "TimeLimit" else "scancel"
-    if code == EXIT_STOPPED:
+    if code == EXIT_STOPPED or "TERM" in signals:
         return _stopped(signals, facts)
-    if code > _SIGNALLED:
-        return f"a rank was killed by signal {code - _SIGNALLED}"
-    return f"a rank failed (exit code {code})"
+    if code == _ENDED_BY_SRUN:
+        return "a rank failed or was killed, and srun ended the others"
+    return (
+        f"a rank was killed by signal {code - _SIGNALLED}" if code > _SIGNALLED else f"a rank failed (exit code {code})"
+    )
+
+
+def _cancelled(signals: Sequence[str], facts: Mapping[str, str]) -> bool:
+    """SLURM has ended the job, and not for its time: it no longer runs. A node that shuts down sends TERM as well."""
+    return "TERM" in signals and facts.get("JobState") != "RUNNING" and facts.get("Reason") != "TimeLimit"
 
 
 def _stopped(signals: Sequence[str], facts: Mapping[str, str]) -> str:
+    if _cancelled(signals, facts):
+        return "scancel"
+    if "TERM" in signals:
+        return "the time limit" if facts.get("Reason") == "TimeLimit" else "a TERM to the job script"
     if "USR1" in signals:
         return "USR1 ahead of the time limit"
     preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown", "")
-    return "a preemption" if preempted else "a stop asked of the ranks"
+    return "a preemption" if preempted else _ASKED
 
 
 def fruitless_starts(launches: Sequence[Launch], *, since: float, now: Reach) -> int:
@@ -90,5 +104,7 @@ def fruitless_starts(launches: Sequence[Launch], *, since: float, now: Reach) ->
     for launch in reversed(launches):
         if launch.began < since or now.further_than(launch.before):
             break
+        if launch.code == EXIT_USER:  # refused: it took nothing from the job that trains
+            continue
         count, now = count + 1, launch.before
     return count

@@ -6,6 +6,7 @@ it. Whose token is no longer in it may not write any more (fence.py).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -23,6 +24,7 @@ from mf_scale.tracking.metrics import newest_start
 from mf_scale.training.fence import LOCK, Fence, FencedError, Holder, read_holder
 from mf_scale.training.slurm_jobs import still_known
 
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 _NEXT = ".lock.next"
 """The file that replaces `.lock`: who has it locked is the one that may look and take over."""
 _TURN_SECONDS = 30.0
@@ -101,8 +103,10 @@ def _try_lock(handle: int) -> bool | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise  # a server that stumbles is not one without locks: who took it so would push a live training aside
     return True
 
 

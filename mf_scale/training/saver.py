@@ -13,7 +13,7 @@ import numpy as np
 
 from mf_scale import faults
 from mf_scale.distributed import comm
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 from mf_scale.rundir import STATE
 from mf_scale.training.checkpoint import begin, commit, point_latest, write_files
 from mf_scale.training.recorder import Recorder
@@ -139,7 +139,7 @@ class Saver:
             self._say_once(self._remover.wait().problem)
 
     def save_last(self) -> None:
-        """Commit before the run ends; raises UserError where that fails, since this state would be lost.
+        """Commit before the run ends; raises FaultError where that fails, since this state would be lost.
 
         FencedError also where nothing is left to be saved: a start that was cut off has not ended as its run has.
         """
@@ -151,7 +151,7 @@ class Saver:
         if self._session.state.step != self._committed:
             what = f"the last checkpoint could not be written: {self._problem}"
             remedy = "Then start the same command again: committed checkpoints are intact."
-            raise comm.agreed(UserError(what, where=str(self._session.run.checkpoints), remedy=remedy))
+            raise comm.agreed(FaultError(what, where=str(self._session.run.checkpoints), remedy=remedy))
 
     def _finish_write(self) -> None:
         if self._pending is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from mf_scale.cluster.frozen import Frozen, freeze, frozen_facts, open_frozen
 from mf_scale.config.load import load_config
-from mf_scale.errors import UserError
+from mf_scale.errors import FaultError, UserError
 from mf_scale.rundir import RunDir
 
 NOW = time.time()
@@ -110,6 +112,40 @@ def test_an_altered_copy_is_refused(project: Project, name: str) -> None:
     for again in (lambda: open_frozen(frozen.folder), lambda: project.freeze(-500)):
         with pytest.raises(UserError, match="altered after it was frozen"):
             again()
+
+
+def test_an_altered_or_lost_copy_is_made_anew(project: Project) -> None:
+    frozen = project.freeze(-500)
+    (frozen.folder / "launch/job.sh").write_text("altered")
+    again = project.freeze(-500, anew=True)
+    assert again.folder == frozen.folder and (again.folder / "launch/job.sh").read_text() == "first launch/job.sh"
+    shutil.rmtree(again.folder)
+    assert open_frozen(project.freeze(-500).folder)
+
+
+def test_what_editors_and_nfs_leave_is_not_the_program(project: Project) -> None:
+    frozen = project.freeze(-500)
+    for name in (".cli.py.swp", "data/.nfs0001", "page.html~", ".hidden/x.py"):
+        project.write(f"mf_scale/{name}", "x", 0)
+        (frozen.folder / "mf_scale" / name).parent.mkdir(exist_ok=True)
+        (frozen.folder / "mf_scale" / name).write_text("x")
+    assert project.freeze(-500) == frozen
+
+
+def test_the_sites_own_settings_are_not_copied(project: Project) -> None:
+    """They may hold a key, and run directories are shared."""
+    project.write("launch/site.env", "export WANDB_API_KEY=x", -1000)
+    assert not (project.freeze(-500).folder / "launch/site.env").exists()
+
+
+def test_a_full_disk_leaves_no_half_copy(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mf_scale.cluster.frozen.shutil.copy2", full)
+    with pytest.raises(FaultError, match="No space left"):
+        project.freeze(-500)
+    assert not list((project.run.path / "code").glob(".*"))
 
 
 def test_a_copy_that_was_cut_short_is_made_again(project: Project) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mf_scale.cluster.job import counts, marked_comment, parse_facts, slurm_time, this_job
-from mf_scale.cluster.layout import lay_out, room
+from mf_scale.cluster.layout import cpus_of_a_rank, lay_out, room
 from mf_scale.config.schema import Config
 from mf_scale.errors import UserError
 
@@ -72,6 +72,24 @@ def test_a_rank_uses_one_gpu() -> None:
     assert room(job(**whole)) == (1, 1, 1)
     with pytest.raises(UserError, match=r"was given 1 CPUs a node.*--ntasks-per-node=2"):
         room(job(**whole, SLURM_GPUS_ON_NODE="2", SLURM_JOB_CPUS_PER_NODE="1(x3)"))
+
+
+def test_variables_of_an_outer_job_are_not_its_own() -> None:
+    """sbatch from within a job hands them on; scontrol tells what this one asked for."""
+    facts = FACTS + "   NumNodes=3 NumCPUs=12 NumTasks=3 CPUs/Task=1\n"
+    inner = job(MF_JOB_FACTS=facts, SLURM_NTASKS="5", SLURM_CPUS_PER_TASK="8")
+    assert not inner.tasks_asked and inner.cpus_per_task == 0
+    own = job(MF_JOB_FACTS=facts, SLURM_NTASKS="3", SLURM_CPUS_PER_TASK="1")
+    assert own.tasks_asked and own.cpus_per_task == 1
+
+
+def test_gpus_over_all_nodes_are_refused_and_cpus_are_shared() -> None:
+    with pytest.raises(UserError, match="--gpus-per-node"):
+        room(job(SLURM_GPUS="3", SLURM_GPUS_ON_NODE="2"))
+    assert room(job(SLURM_GPUS="6", SLURM_GPUS_PER_NODE="2", SLURM_GPUS_ON_NODE="2", SLURM_TASKS_PER_NODE="2(x3)"))
+    assert cpus_of_a_rank(job(SLURM_JOB_CPUS_PER_NODE="8,4,8"), 2) == 2
+    assert cpus_of_a_rank(job(SLURM_JOB_CPUS_PER_NODE="1(x3)"), 2) == 1
+    assert cpus_of_a_rank(job(SLURM_CPUS_PER_TASK="3"), 2) == 3
 
 
 def config(batch: int, micro: int = 2) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mf_scale.cluster.__main__ import main
 from mf_scale.cluster.job import this_job
-from mf_scale.cluster.prepare import Plan, Request, prepare
+from mf_scale.cluster.prepare import SHELL, Plan, Request, prepare
 from mf_scale.errors import GuardError, UserError
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.launches import append_launch, read_launches
@@ -46,7 +49,7 @@ class Start:
             "SLURM_JOB_ID": job,
             "SLURM_RESTART_COUNT": str(restart),
             "SLURM_TASKS_PER_NODE": tasks,
-            "SLURM_NTASKS": "1",
+            "SLURM_NTASKS": "4",
             "SLURM_JOB_CPUS_PER_NODE": tasks,
             "MF_JOB_NODES": " ".join(nodes),
             "MF_JOB_FACTS": f"JobId={job} JobName=x\n   SubmitTime={when}{note}",
@@ -69,6 +72,11 @@ class Start:
         )
 
 
+def shell(plan: Plan) -> dict[str, str]:
+    """The assignments behind the line that the job script looks for."""
+    return dict(line.split("=", 1) for line in plan.shell().partition(f"{SHELL}\n")[2].splitlines())
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     return Start(tmp_path)
@@ -76,7 +84,7 @@ def start(tmp_path: Path) -> Start:
 
 def test_the_job_script_is_told_what_to_start(start: Start) -> None:
     plan = start.prepare("2(x2)", "--live-code")
-    lines = dict(line.split("=", 1) for line in plan.shell().splitlines())
+    lines = shell(plan)
     assert (lines["mf_nodes"], lines["mf_ranks"], lines["mf_per_node"], lines["mf_cap"]) == ("2", "4", "2", "5")
     assert shlex.split(lines["mf_run"]) == [str(start.run.path)]
     assert plan.token.is_file() and lines["mf_comment"] == "''"
@@ -89,7 +97,7 @@ def test_the_job_script_is_told_what_to_start(start: Start) -> None:
 def test_words_with_blanks_and_quotes_survive_the_shell(tmp_path: Path) -> None:
     odd = Start(tmp_path / "it's a $(folder)")
     plan = odd.prepare("1", "--live-code", "data.val=a b")
-    lines = dict(line.split("=", 1) for line in plan.shell().splitlines())
+    lines = shell(plan)
     assert shlex.split(lines["mf_run"]) == [str(odd.run.path)]
     assert "data.val=a b" in shlex.split(lines["mf_arguments"].strip("()"))
 
@@ -162,3 +170,49 @@ def test_launches_outlive_a_torn_line(start: Start) -> None:
     start.prepare("1", "--live-code", restart=1)
     start.ends(0, "done", restart=1)
     assert [(one.restart, one.then) for one in read_launches(start.run)] == [(0, ""), (1, "done")]
+
+
+def test_a_path_that_pythons_path_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a ':'"):
+        Start(tmp_path / "10:30").prepare("1")
+    assert Start(tmp_path / "10:30").prepare("1", "--live-code").layout.ranks == 1
+
+
+def test_two_jobs_on_one_run_leave_each_others_file_alone(start: Start) -> None:
+    mine = start.prepare("1", "--live-code").token
+    start.prepare("1", "--live-code", job="8")
+    assert mine.is_file()
+    assert start.prepare("1", "--live-code", restart=1).token != mine and not mine.exists()
+
+
+def test_what_fails_at_the_end_of_a_start_does_not_keep_the_job_away(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start.prepare("1", "--live-code")
+    facts = {"MF_JOB_FACTS": "JobId=7\n JobState=RUNNING Requeue=1 Restarts=0 NumTasks=1", "MF_JOB_NODES": "a1"}
+    for name, value in {"SLURM_JOB_ID": "7", **facts}.items():
+        monkeypatch.setenv(name, value)
+    words = ["decide", "--run", str(start.run.path), "--code", "137", "--cap", "5"]
+    full = full_disk()
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert told.out == "requeue\n" and "not on record: cannot write: No space left" in told.err
+    full.undo()
+    monkeypatch.setattr("mf_scale.cluster.__main__.read_launches", broken)
+    assert main(words) == 75
+    assert "the storage fails" in capsys.readouterr().err
+
+
+def broken(run: RunDir) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def full_disk() -> pytest.MonkeyPatch:
+    """A disk that takes nothing more of launches.jsonl."""
+    patch = pytest.MonkeyPatch()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr("mf_scale.tracking.launches.os.write", full)
+    return patch

@@ -28,8 +28,9 @@ def answers(**changes: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def verdict(lines: list[str], nodes: tuple[str, ...] = NODES) -> None:
-    judge(lines, nodes, began=100.0, ended=101.0, run=Path("/run"), code="abc", python="/p/python")
+def verdict(lines: list[str], nodes: tuple[str, ...] = NODES, *, comes_back: bool = False) -> None:
+    facts = {"began": 100.0, "ended": 101.0, "run": Path("/run"), "code": "abc", "python": "/p/python"}
+    judge(lines, nodes, comes_back=comes_back, **facts)  # type: ignore[arg-type]
 
 
 def test_sound_nodes_start() -> None:
@@ -41,7 +42,7 @@ def test_sound_nodes_start() -> None:
     ("changes", "kind", "said"),
     [
         ({"a2": {"node": "a2", "missing": True}}, UserError, "a2 cannot start /p/python: the virtual environment"),
-        ({"a2": {"node": "a2", "failed": 1}}, UserError, r"a2 cannot run the program with /p/python \(exit code 1\)"),
+        ({"a2": {"node": "a2", "failed": 1}}, FaultError, r"a2 cannot run the program with /p/python \(exit code 1\)"),
         ({"a2": None}, FaultError, "a2 did not answer"),
         ({"a1": None, "a3": None}, FaultError, "a1, a3 did not answer"),
         ({"a3": {"sees": False}}, UserError, "a3 does not see what the head node wrote into the run directory"),
@@ -54,6 +55,21 @@ def test_sound_nodes_start() -> None:
 def test_what_is_wrong_with_a_node_is_said(changes: dict[str, Any], kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=said):
         verdict(answers(**changes))
+
+
+@pytest.mark.parametrize("change", [{"node": "a2", "missing": True}, {"sees": False}])
+def test_what_a_start_saw_before_may_come_back(change: dict[str, Any]) -> None:
+    """A node that has just booted may not have mounted everything yet: no mistake of the user's."""
+    with pytest.raises(UserError) as first:
+        verdict(answers(a2=change))
+    assert first.value.exit_code == 2
+    with pytest.raises(FaultError):
+        verdict(answers(a2=change), comes_back=True)
+
+
+def test_an_srun_that_refuses_says_so() -> None:
+    with pytest.raises(FaultError, match="srun could not ask the nodes"):
+        verdict(["srun: fatal: something"])
 
 
 def test_many_nodes_are_not_all_named() -> None:

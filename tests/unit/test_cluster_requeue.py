@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mf_scale.cluster.requeue import decide, fruitless_starts
@@ -23,13 +25,18 @@ ENDING = {**RUNNING, "JobState": "COMPLETING"}
         (85, [], RUNNING, "requeued", True, "a stop asked of the ranks"),
         (75, [], RUNNING, "requeued", True, "a fault of the surroundings"),
         (137, [], RUNNING, "requeued", True, "killed by signal 9"),
+        (143, [], RUNNING, "requeued", True, "a rank failed or was killed, and srun ended the others"),
         (1, [], RUNNING, "requeued", True, "a rank failed (exit code 1)"),
         (85, ["TERM"], ENDING, "final", False, "scancel"),
         (137, ["TERM"], ENDING, "final", False, "scancel"),
         (85, ["USR1", "TERM"], ENDING, "final", False, "scancel"),
         (85, ["TERM"], {**ENDING, "Reason": "TimeLimit"}, "requeued", True, "the time limit"),
         (85, ["TERM"], {**ENDING, "Restarts": "1"}, "requeued", False, "SLURM requeued the job"),
+        (85, [], {**ENDING, "Restarts": "1"}, "requeued", False, "SLURM requeued the job"),
+        (137, [], {**ENDING, "Restarts": "1"}, "requeued", False, "killed by signal 9"),
         (85, ["USR1"], {**RUNNING, "Requeue": "0"}, "left to the next job", False, "USR1"),
+        (85, ["TERM"], RUNNING, "requeued", True, "a TERM to the job script"),  # a node that shuts down
+        (143, [], RUNNING, "requeued", True, "srun ended the others"),
         (0, ["TERM"], ENDING, "done", False, "done"),
     ],
 )
@@ -64,6 +71,12 @@ def test_only_starts_in_a_row_without_progress_count() -> None:
     assert count(history, since=3, now=Reach(9, 0)) == 2  # submitted again behind the second
     assert count([], since=0, now=Reach(0, 0)) == 0
     assert count([launch(1, 0)], since=0, now=Reach(0, 0)) == 1
+
+
+def test_a_refused_start_does_not_count() -> None:
+    """Another job on the same run, refused by the lock, takes nothing from the one that trains."""
+    refused = replace(launch(2, 9), code=2)
+    assert fruitless_starts([launch(1, 9), refused, refused], since=0, now=Reach(9, 0)) == 1
 
 
 def test_a_commit_below_the_furthest_step_is_progress() -> None:

@@ -143,7 +143,7 @@ TIME = {**RUNNING, "JobState": "COMPLETING", "Reason": "TimeLimit"}
         (75, [], {**RUNNING, "Requeue": "0"}, 0, False, False),
         (143, [], {**RUNNING, "PreemptTime": "2026-01-01T00:00:00"}, 50, True, True),
         (143, ["TERM"], CANCELLED, 0, False, False),  # scancel
-        (75, ["TERM"], RUNNING, 0, False, False),  # scancel, as the controller tells it a moment before
+        (75, ["TERM"], RUNNING, 0, False, True),  # a node that shuts down: the job is not cancelled
         (75, [], CANCELLED, 0, False, False),
         (143, ["USR1"], RUNNING, 0, False, True),
         (143, ["USR1", "TERM"], TIME, 0, False, True),
