@@ -78,7 +78,14 @@ def list_starts(sessions: Sequence[Session], slots: Mapping[int, Slot], launches
         placed.append((max(session.began, placed[-1][0] if placed else 0.0), start))
     placed += [(one.began, _from_launch(one)) for number, one in enumerate(launches) if number not in of_launch]
     starts = [start for _, start in sorted(placed, key=lambda pair: pair[0])]
-    return _with_losses([_closed(one, newest=index == len(starts) - 1) for index, one in enumerate(starts)])
+    # One that was refused beside it says nothing of the start before it, which may train on.
+    newest = max((index for index, one in enumerate(starts) if not refused(one)), default=len(starts) - 1)
+    return _with_losses([_closed(one, newest=index >= newest) for index, one in enumerate(starts)])
+
+
+def refused(start: Start) -> bool:
+    """Whether it ended by a mistake before it came to training."""
+    return start.began is None and start.end == MISTAKE
 
 
 def ending(stop: Mapping[str, Any] | None, launch: Launch | None) -> tuple[str | None, str]:

@@ -41,6 +41,7 @@ class State:
 
 def judge_state(told: Sequence[Start], holder: Holder | None, queue: str | None, now: float) -> State:
     """The state of a run with the starts `told`; `queue`: "STATE REASON" of its job, "" if SLURM does not know it."""
+    told = _without_refused(told, holder)
     newest = told[-1] if told else None
     in_queue, _, reason = (queue or "").partition(" ")
     if in_queue in _WAITING:
@@ -54,6 +55,17 @@ def judge_state(told: Sequence[Start], holder: Holder | None, queue: str | None,
     if newest.end is not None:
         return _ended(told, newest)
     return _open(newest, holder, in_queue, now)
+
+
+def _without_refused(told: Sequence[Start], holder: Holder | None) -> Sequence[Start]:
+    """Without the newest starts that never trained because another one, which still does, holds the run."""
+    kept = list(told)
+    while len(kept) > 1 and holder is not None and holder.lives:
+        newest = kept[-1]
+        if not starts.refused(newest) or holder.since > (newest.launched or newest.heard):
+            break
+        kept.pop()
+    return kept
 
 
 def _without_start(holder: Holder | None) -> State:

@@ -136,7 +136,7 @@ class Soak:
             why = f"{hit.why or 'cut off'}, {hit.then or 'back by SLURM'}" if hit else "?"
             steps = self.steps_after(fault.restarts)
             wait = f"{min(steps) - fault.time:.0f}" if steps else "-"
-            numbers = (str(max(before, default=0)), str(known[number] - fault.restarts))
+            numbers = (str(before[-1] if before else 0), str(known[number] - fault.restarts))
             rows.append((str(number + 1), fault.kind, fault.moment, *numbers, why, str(self.lost_by(fault)), wait))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(r, widths, strict=True)) for r in rows)

@@ -275,6 +275,17 @@ def test_slurm_knows_better_than_signs_of_life(maker: Maker, queue: str, word: s
     assert word != "queued" or state.sentence == "waiting in the queue (job 7): (Resources)"
 
 
+def test_a_job_that_was_refused_beside_it_does_not_hide_the_one_that_trains(maker: Maker) -> None:
+    maker.launched("7", 0, "a1")
+    maker.begun(0, job="7", restart=0)
+    held(maker)
+    maker.steps(5)
+    maker.launched("8", 0, "a2")
+    maker.time += 9
+    maker.script_ended("8", 0, 2, "a mistake to be mended", "final")
+    assert status_of(maker).state.word == "running"
+
+
 def test_slurm_is_not_asked_about_a_run_that_is_settled(maker: Maker) -> None:
     def unasked(job: str) -> str:
         raise AssertionError(job)
