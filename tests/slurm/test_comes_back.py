@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.program import Run
-from tests.slurm.jobs import OURS, STEPS, Training, assert_same_history
+from tests.slurm.jobs import ENVIRONMENT, OURS, STEPS, Training, assert_same_history
 from tests.slurm.testbed import Cluster
 
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
@@ -86,8 +86,12 @@ def test_a_lost_node_leaves_a_smaller_allocation(
     try:
         # Without --ntasks-per-node: with it SLURM holds the job to the number of tasks that it had at first.
         options = ("--nodes=1-2", "--exclusive", "--gpus-per-node=2")
-        training = Training(cluster, Run(tmp_path / "run", packed)).submit(*options)
+        # Of the environment only this goes into the job, and by itself srun would hand on no more to the ranks.
+        only = "--export=" + ",".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+        training = Training(cluster, Run(tmp_path / "run", packed)).submit(*options, only)
         training.until_step(6)
+        for rank in cluster.ranks(training.job).values():
+            assert rank.environment()["PYTHONPATH"].startswith(str(training.run.folder / "code"))
         cluster.kill_daemon(lost, with_jobs=True)
         cluster.wait_start(training.job, 1, 120)
         assert cluster.nodes_of(training.job) == [cluster.nodes[0]]
