@@ -152,6 +152,7 @@ mf_train() {
   fi
   mf_probe
   mf_exit=$?
+  rm -f -- "$mf_token"
   # Asked to stop before there was anybody to pass it to.
   [ "$mf_exit" -eq 0 ] && [ -n "$mf_signals" ] && mf_exit=85
   [ "$mf_exit" -eq 0 ] && mf_ranks train "${mf_arguments[@]}"

@@ -123,7 +123,9 @@ def _decide(options: argparse.Namespace, rest: list[str]) -> int:
     launches, reached = read_launches(run), reach_of(run)
     fruitless = fruitless_starts(launches, since=first_submitted(job, launches), now=reached)
     signals = options.signals.split()
-    decision = decide(options.code, signals, job.facts, job.start.restart, fruitless, options.cap)
+    began = launches[-1].began if launches else 0.0
+    hung = any(file.stat().st_mtime > began for file in run.path.glob("hang/*"))
+    decision = decide(options.code, signals, job.facts, job.start.restart, fruitless, options.cap, hung=hung)
     if decision.superseded:
         print(f"mf_scale: {decision.why}: this one leaves it alone", file=sys.stderr)
         return 0

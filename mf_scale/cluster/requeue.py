@@ -35,14 +35,23 @@ class Decision:
 
 
 def decide(
-    code: int, signals: Sequence[str], facts: Mapping[str, str], restart: int, fruitless: int, cap: int
+    code: int,
+    signals: Sequence[str],
+    facts: Mapping[str, str],
+    restart: int,
+    fruitless: int,
+    cap: int,
+    *,
+    hung: bool = False,
 ) -> Decision:
     """What to do after the ranks ended with `code`.
 
     signals: names of those that the job script got. facts: of `scontrol show job`. restart: SLURM_RESTART_COUNT.
-    fruitless: starts in a row, this one included, that brought the run no further; cap: as many end the job.
+    fruitless: starts in a row, this one included, that brought the run no further; cap: as many end the job. hung: a
+    rank's watchdog wrote its stacks; srun's own code then is that of the ranks it killed.
     """
-    why = _why(code, signals, facts)
+    failed = code not in (0, EXIT_USER, EXIT_GUARD, EXIT_STOPPED)
+    why = "a hang: the stacks are in hang/" if hung and failed else _why(code, signals, facts)
     if int(facts.get("Restarts", restart)) > restart:
         # SLURM counts a requeue of its own at once, while the start that it ends is still completing.
         if facts.get("JobState") in ("RUNNING", "CONFIGURING", "SUSPENDED"):
@@ -66,7 +75,7 @@ def _why(code: int, signals: Sequence[str], facts: Mapping[str, str]) -> str:
         0: "done",
         EXIT_USER: "a mistake to be mended",
         EXIT_GUARD: "a guard of the run",
-        EXIT_FAULT: "a fault of the surroundings or a hang (exit code 75)",
+        EXIT_FAULT: "a fault of the surroundings (exit code 75)",
     }
     if code in plain:
         return plain[code]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import suppress
 from typing import Any
@@ -33,11 +34,17 @@ def start_facts(run: RunDir, world: World, *, start: int, step: int) -> dict[str
     return {"job": job, "restart": restart, "hosts": list(dict.fromkeys(hosts or ())), "after": after}
 
 
+_LOST_PEER = re.compile(r"(gloo|nccl).*(closed by peer|reset by peer|timed out|timeout)", re.IGNORECASE | re.DOTALL)
+"""What gloo and NCCL say, in many words, when a peer is gone: the reason is its, not theirs."""
+
+
 def last_word(error: BaseException) -> dict[str, Any]:
     """`reason` and `exit_code` of the `stop` event of a start that an error ends."""
     if isinstance(error, PARAGRAPHS):
         return {"reason": _short(error.what), "exit_code": error.exit_code}
     told = str(error).strip().partition("\n")[0]
+    if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+        return {"reason": "the connection to another rank broke, which had ended or hung", "exit_code": 1}
     code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     return {"reason": _short(f"{type(error).__name__}: {told}".removesuffix(": ")), "exit_code": code}
 

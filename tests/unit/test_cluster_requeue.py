@@ -46,6 +46,13 @@ def test_exit_codes_and_signals_decide(code, signals, facts, then, ask, why) -> 
     assert why in decision.why
 
 
+def test_a_hang_is_told_whatever_code_srun_made_of_it() -> None:
+    for code in (75, 137, 143):
+        decision = decide(code, [], RUNNING, restart=0, fruitless=1, cap=5, hung=True)
+        assert (decision.then, decision.why) == ("requeued", "a hang: the stacks are in hang/")
+    assert decide(85, ["USR1"], RUNNING, restart=0, fruitless=1, cap=5, hung=True).why == "USR1 ahead of the time limit"
+
+
 def test_a_start_whose_job_runs_again_elsewhere_has_no_say() -> None:
     for code in (0, 85, 137):
         decision = decide(code, [], {**RUNNING, "Restarts": "2"}, restart=1, fruitless=0, cap=5)

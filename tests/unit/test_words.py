@@ -16,7 +16,12 @@ from tests.unit.histories import Maker
         (UserError("the file is gone", where="x", remedy="Find it."), "the file is gone", 2),
         (GuardError("3 steps had no update"), "3 steps had no update", 3),
         (FaultError("storage failed"), "storage failed", 75),
-        (RuntimeError("Connection closed by peer\nmore\nlines"), "RuntimeError: Connection closed by peer", 1),
+        (RuntimeError("out of memory\nmore\nlines"), "RuntimeError: out of memory", 1),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:123"),
+            "the connection to another rank broke, which had ended or hung",
+            1,
+        ),
         (ValueError(), "ValueError", 1),
         (KeyboardInterrupt(), "KeyboardInterrupt", 130),
     ],
