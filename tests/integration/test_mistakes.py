@@ -18,6 +18,7 @@ import pytest
 
 from data_tools.__main__ import main as tools
 from mf_scale.cli import main
+from mf_scale.errors import EXIT_FAULT
 from tests.integration.program import SMALL, Run
 
 pytestmark = pytest.mark.integration
@@ -226,7 +227,7 @@ def test_a_full_disk_leaves_the_run_alive_and_the_older_checkpoints_intact(tmp_p
         free = shutil.disk_usage(folder).free
         (folder / "ballast").write_bytes(bytes(free - 6 * 2**20))
         full = run.train("train.steps=10", "tracking.wandb=disabled")
-        assert full.returncode == 2, full.stderr
+        assert full.returncode == EXIT_FAULT, full.stderr  # space may come back: worth another start
         assert "Traceback" not in full.stderr
         assert "the run goes on" in full.stderr
         assert "Free some space" in full.stderr

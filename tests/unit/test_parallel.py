@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import psutil
@@ -49,6 +50,19 @@ def die(number: int) -> int:
     return number
 
 
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """What tells the processes begun since, that still live after a moment; Python's tracker of shared memory stays."""
+    before = psutil.Process().children()  # of other tests' fixtures: a cluster stays up for a whole session
+
+    def left() -> list[psutil.Process]:
+        begun = [process for process in psutil.Process().children() if process not in before]
+        living = psutil.wait_procs(begun, timeout=5)[1]
+        return [process for process in living if "resource_tracker" not in " ".join(process.cmdline())]
+
+    return left
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_and_the_bar_moves_within_a_job(workers):
     bar = Bar()
@@ -60,7 +74,7 @@ def test_results_come_in_order_and_the_bar_moves_within_a_job(workers):
     assert pids == {os.getpid()} if workers == 1 else (len(pids) == 2 and os.getpid() not in pids)
 
 
-def test_an_error_is_raised_as_it_is_and_calls_the_others_off():
+def test_an_error_is_raised_as_it_is_and_calls_the_others_off(children):
     began = time.monotonic()
     with (
         pytest.raises(UserError, match="the third job failed"),
@@ -70,7 +84,7 @@ def test_an_error_is_raised_as_it_is_and_calls_the_others_off():
     assert time.monotonic() - began < 15 and not children()
 
 
-def test_closing_early_calls_the_work_off():
+def test_closing_early_calls_the_work_off(children):
     results = each(work, [(number, 0.05) for number in range(50)], workers=2, bar=Bar())
     assert next(results)[0] == 0
     began = time.monotonic()
@@ -78,7 +92,7 @@ def test_closing_early_calls_the_work_off():
     assert time.monotonic() - began < 5 and not children()
 
 
-def test_a_killed_process_is_a_fault_of_the_surroundings():
+def test_a_killed_process_is_a_fault_of_the_surroundings(children):
     with pytest.raises(FaultError, match=r"a process of this command was killed.*fewer --workers") as raised:
         list(each(die, [0, 1], workers=2, bar=Bar()))
     assert raised.value.exit_code == 75 and not children()
@@ -99,9 +113,3 @@ def test_processes_end_soon_after_their_parent_was_killed():
         parent.kill()
         parent.wait(timeout=30)
     assert not psutil.wait_procs(found, timeout=20)[1]
-
-
-def children() -> list[psutil.Process]:
-    """Processes of this one that still live after a moment; Python's own tracker of shared memory stays for good."""
-    left = psutil.wait_procs(psutil.Process().children(), timeout=5)[1]
-    return [process for process in left if "resource_tracker" not in " ".join(process.cmdline())]
