@@ -165,6 +165,7 @@ def test_a_start_that_was_cut_off_writes_nothing(tmp_path: Path, packed: Path, p
     assert numbers == sorted(set(numbers)) and len(numbers) == len(points), "the one asleep before the lock had none"
 
 
+@pytest.mark.soak
 def test_the_ranks_of_a_start_that_was_cut_off_leave_together(tmp_path: Path, packed: Path) -> None:
     run, whole = Run(tmp_path / "run", packed), Run(tmp_path / "whole", packed)
     assert whole.train(*SETTINGS).returncode == 0

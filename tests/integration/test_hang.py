@@ -82,6 +82,7 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.soak
 def test_every_phase_gives_signs_of_life(tmp_path, packed):
     """Each batch of a validation and each look at a write that is waited for is one: both may take long."""
     more = ["train.steps=3", "train.micro_batch=4", "data.workers=0", "eval.every_steps=2", "eval.loss_samples=12"]

@@ -111,6 +111,7 @@ def test_it_starts_again_whatever_ended_the_ranks_until_it_is_asked_itself(tmp_p
     assert list(run.series("step", "loss")) == list(range(1, last + 1))
 
 
+@pytest.mark.soak
 def test_starts_that_come_no_further_are_given_up(tmp_path, packed):
     """The rank dies in the first step of every start; the same command without the fault comes to the end."""
     run = Run(tmp_path / "run", packed)

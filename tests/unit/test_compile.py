@@ -55,7 +55,9 @@ def _worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.integration
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("backbone", ["resnet10t", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet10t", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.soak)]
+)
 def test_compiled_and_eager_agree_in_one_graph_for_training_and_one_for_validation(backbone: str) -> None:
     torch._dynamo.reset()
     counters.clear()

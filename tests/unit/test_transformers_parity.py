@@ -60,7 +60,13 @@ def assert_equal_logits(ours: nn.Module, theirs: Any, images: Tensor, pixel_mask
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet50", "resnet101", "swin_tiny_patch4_window7_224", "swin_base_patch4_window12_384"]
+    "name",
+    [
+        "resnet50",
+        pytest.param("resnet101", marks=pytest.mark.soak),
+        "swin_tiny_patch4_window7_224",
+        pytest.param("swin_base_patch4_window12_384", marks=pytest.mark.soak),
+    ],
 )
 def test_logits_equal_those_of_transformers(name: str) -> None:
     theirs, generator = random_maskformer(name), torch.Generator().manual_seed(0)
