@@ -27,6 +27,8 @@ from mf_scale.rundir import disk_errors
 Picture = NDArray[np.uint8]
 LONG_SIDE = 640
 """Pixels of the longer side of a drawn picture."""
+EMBEDDED_SIDE = 512
+"""Pixels of the longer side of a picture in a page: four stand beside each other."""
 SMALLEST_NAMED = 0.004
 """Share of the picture a segment needs to carry its class name."""
 _FONT_SIZE = 19
@@ -148,9 +150,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def embedded(path: Path) -> str:
-    """A picture file as a data: address of a web page, recompressed (WebP) to a few tens of kB."""
-    buffer = io.BytesIO()
-    Image.fromarray(read_png(path)).save(buffer, "WEBP", quality=82, method=4)
+    """A picture file as a data: address of a web page, smaller and recompressed (WebP) to some twenty kB."""
+    buffer, picture = io.BytesIO(), Image.fromarray(read_png(path))
+    picture.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
+    picture.save(buffer, "WEBP", quality=78, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

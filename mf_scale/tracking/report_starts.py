@@ -5,35 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Any
 
-from mf_scale.tracking.charts import Mark
+from mf_scale.tracking.charts import RESUME, ROLLBACK, Mark
 from mf_scale.tracking.console import duration
-from mf_scale.tracking.starts import Start
+from mf_scale.tracking.report_table import Cell, Column, Table, count
+from mf_scale.tracking.starts import WENT_BACK, Start
 from mf_scale.tracking.status import RunStatus
 from mf_scale.tracking.status_text import start_end
 
 _UNKNOWN = "-"
+_COLUMNS = (
+    Column("start", text=True),
+    Column("began, UTC", text=True, wide=True),
+    Column("job", text=True),
+    Column("ranks"),
+    Column("steps"),
+    Column("lost"),
+    Column("until going on", about="waiting and starting, up to a step again"),
+    Column("end", text=True, wide=True),
+)
 
 
-def start_rows(starts: Sequence[Start]) -> list[dict[str, Any]]:
-    """What the table shows of each start."""
-    return [
-        {
-            "number": _UNKNOWN if start.number is None else start.number,
-            "began": _utc(start.launched or start.began),
-            "job": _UNKNOWN if start.job is None else f"{start.job}.{start.restart or 0}",
-            "ranks": _UNKNOWN if start.ranks is None else start.ranks,
-            "nodes": ", ".join(start.nodes[:4]) + (f" and {len(start.nodes) - 4} more" if len(start.nodes) > 4 else ""),
-            "from_step": start.from_step if start.number is not None else None,
-            "reached": start.reached,
-            "end": start_end(start),
-            "lost_steps": start.lost_steps,
-            "lost_time": _span(start.lost_seconds) if start.lost_steps else "",
-            "down": _span(start.down_seconds),
-        }
+def start_table(starts: Sequence[Start]) -> Table | None:
+    """Every start of the run; None without one."""
+    rows: list[list[Cell | str]] = [
+        [
+            f"start {_UNKNOWN if start.number is None else start.number}",
+            _utc(start.launched or start.began),
+            _UNKNOWN if start.job is None else f"{start.job}.{start.restart or 0}",
+            Cell(_UNKNOWN if start.ranks is None else str(start.ranks), small=_nodes(start.nodes)),
+            _UNKNOWN if start.number is None else f"{count(start.from_step)}\u00a0→\u00a0{count(start.reached)}",
+            Cell(
+                "" if start.lost_steps is None else count(start.lost_steps),
+                small=_span(start.lost_seconds) if start.lost_steps else "",
+            ),
+            _span(start.down_seconds),
+            start_end(start),
+        ]
         for start in starts
     ]
+    caption = "1 start" if len(rows) == 1 else f"{count(len(rows))} starts"
+    return Table("starts-table", caption, _COLUMNS, rows) if rows else None
 
 
 def lost_sentence(status: RunStatus) -> str:
@@ -53,8 +65,13 @@ def start_marks(starts: Sequence[Start]) -> list[Mark]:
     for before, start in pairwise(trained):
         lost = f"; {before.lost_steps:,} steps lost" if before.lost_steps else ""
         text = f"start {start.number} goes on from step {start.from_step:,} after: {start_end(before)}{lost}"
-        marks.append(Mark(start.from_step, str(start.number), text))
+        kind = ROLLBACK if before.end == WENT_BACK else RESUME
+        marks.append(Mark(start.from_step, str(start.number), text, kind))
     return marks
+
+
+def _nodes(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
 
 
 def _utc(at: float | None) -> str:
@@ -62,4 +79,4 @@ def _utc(at: float | None) -> str:
 
 
 def _span(seconds: float | None) -> str:
-    return "" if seconds is None else duration(seconds)
+    return "" if seconds is None else duration(seconds).replace(" ", "\u00a0")
