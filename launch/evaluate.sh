@@ -4,7 +4,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# mIoU and PQ of a run or checkpoint, on all ranks of the allocation; the numbers do not depend on how many they are.
+# mIoU, PQ and mask AP of a run or checkpoint, on all ranks of the allocation; their number does not change the results.
 #   sbatch [--nodes=N --gpus-per-node=G --ntasks-per-node=G ...] launch/evaluate.sh RUN|CHECKPOINT [key=value ...] [--split train]
 # The exit code is that of `mf-scale evaluate`. It has no state: after a preemption or a fault of the surroundings (75) it
 # begins anew; out of time it is given up.

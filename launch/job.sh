@@ -112,6 +112,43 @@ mf_probe() {
   mf_python mf_scale.cluster judge --run "$mf_run" --nodes "$mf_nodes" --began "$began" <<<"$answers"
 }
 
+# Everything that can be looked at before the ranks start, by all of them together (docs/cluster.md): MF_DOCTOR=0 leaves
+# it out, MF_DOCTOR=verbose prints all lines. In mf_exit what follows: 0 the job goes on, 2 a mistake, 75 a fault, 85 the
+# job was asked to stop. Who does not come to an end is no judge: after MF_DOCTOR_SECONDS, or where it dies, the job goes
+# on. The ranks have limits of time of their own, and what hangs for the doctor may be no more than slow.
+mf_doctor() {
+  local verbose='' limit=${MF_DOCTOR_SECONDS:-60} deadline late=''
+  case ${MF_DOCTOR:-1} in 0 | no | off | false) return 0 ;; verbose) verbose=--verbose ;; esac
+  case $limit in *[!0-9]*) mf_say "MF_DOCTOR_SECONDS=$limit is no number of seconds: 60 are taken" && limit=60 ;; esac
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$mf_cpus}"
+  deadline=$((SECONDS + limit))
+  # --overlap: what may be left of it must not keep the ranks' step from starting.
+  srun --overlap --nodes="$mf_nodes" --ntasks="$mf_ranks" --ntasks-per-node="$mf_per_node" --cpus-per-task="$mf_cpus" \
+    --kill-on-bad-exit=0 ${mf_srun[@]+"${mf_srun[@]}"} ${mf_inside[@]+"${mf_inside[@]}"} \
+    "$python" -m mf_scale.cli doctor --in-job --seconds $((limit > 20 ? limit - 10 : limit / 2 + 1)) \
+    ${verbose:+"$verbose"} "${mf_arguments[@]}" &
+  mf_pid=$!
+  while kill -0 "$mf_pid" 2>/dev/null; do
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      late=1
+      kill -TERM "$mf_pid" 2>/dev/null
+      sleep 2
+      kill -KILL "$mf_pid" 2>/dev/null
+    fi
+    sleep 0.1
+  done
+  mf_wait "$mf_pid"
+  mf_pid=''
+  case $late$mf_exit in
+    0 | 2 | 75) ;;
+    138 | 143) mf_exit=85 ;; # USR1 or TERM, which nobody but SLURM sends it
+    *)
+      mf_say "the doctor came to no end within $limit s (exit code $mf_exit; MF_DOCTOR_SECONDS): the job goes on without it"
+      mf_exit=0
+      ;;
+  esac
+}
+
 # The ranks: one task each, Python itself the task. --cpus-per-task is not inherited from sbatch since SLURM 22.05.
 mf_ranks() {
   # Ranks of a node share its cores; without this each takes them all.
@@ -153,7 +190,8 @@ mf_train() {
   mf_probe
   mf_exit=$?
   rm -f -- "$mf_token"
-  # Asked to stop before there was anybody to pass it to.
+  # Asked to stop before there was anybody to pass it to, or while there was nobody who had anything to save.
+  [ "$mf_exit" -eq 0 ] && [ -z "$mf_signals" ] && mf_doctor
   [ "$mf_exit" -eq 0 ] && [ -n "$mf_signals" ] && mf_exit=85
   [ "$mf_exit" -eq 0 ] && mf_ranks train "${mf_arguments[@]}"
   mf_finish

@@ -91,6 +91,13 @@ def checkpoint_weights(folder: Path, which: str) -> dict[str, Tensor]:
         return {name: tensors.whole(kind, name) for name, kind in kind_of.items()}
 
 
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of a checkpoint's raw weights and buffers by name; only the heads of its files are read."""
+    with _open_tensors(folder) as tensors:
+        whole = {name: list(source.get_slice(name).get_shape()) for name, source in tensors.wholes[WEIGHT].items()}
+        return {**tensors.shapes, **whole}
+
+
 class _Piece(NamedTuple):
     start: int
     source: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -69,6 +70,7 @@ def test_a_submission_is_checked_and_kept_before_the_queue(cluster: Cluster, tmp
     shutil.copytree(ROOT / "mf_scale", root / "mf_scale", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "launch", root / "launch")
     environment = {**ENVIRONMENT, "MF_ROOT": str(root)}
+    del environment["MF_DOCTOR"]  # as everybody has it
     training = Training(cluster, Run(tmp_path / "run", packed))
     config = tmp_path / "mine.yaml"
     config.write_text(f"base: {ROOT / 'configs/base.yaml'}\n")
@@ -85,9 +87,13 @@ def test_a_submission_is_checked_and_kept_before_the_queue(cluster: Cluster, tmp
     (root / "mf_scale/cli.py").write_text("raise SystemExit('the edited program')\n")
     (root / "launch/job.sh").write_text("exit 9\n")
     cluster.scontrol("release", str(training.job))
-    assert training.until_ended(90) == 0, training.log
+    assert training.until_ended(120) == 0, training.log
     assert training.run.last_step() == 3
     assert "the edited program" not in training.log
+    # Asked by default, of all ranks, before they train; quick, and quiet where all is well.
+    said = re.search(r"mf-scale doctor · .* · 2 ranks on (\w+) · ([\d.]+) s: (.*)", training.log)
+    assert said and said[1] in cluster.nodes and float(said[2]) < 30, training.log
+    assert "problem" not in said[3] and "run directory" not in training.log, training.log
 
 
 def test_an_edit_after_the_submission_is_not_trained(cluster: Cluster, tmp_path: Path, packed: Path) -> None:

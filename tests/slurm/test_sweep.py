@@ -10,7 +10,7 @@ from tests.integration.program import SMALL, Run
 from tests.slurm.testbed import Cluster
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"MF_ROOT": str(ROOT), "MF_PYTHON": sys.executable}
+ENVIRONMENT = {"MF_ROOT": str(ROOT), "MF_PYTHON": sys.executable, "MF_DOCTOR": "0"}
 GRID = "optimizer.lr: [1e-3, 2e-3, 4e-3]\n"
 STEPS = 2
 
