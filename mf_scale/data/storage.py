@@ -93,7 +93,7 @@ class Storage:
 
     def local_path(self, name: str) -> Path | None:
         """Path of a file of a local source; None for a remote one."""
-        return None if self.scheme else Path(self.source, plain_name(name))
+        return None if self.scheme else Path(self.source, self._checked(name))
 
     def close(self) -> None:
         """Close the local shards that are kept open; the next read opens them again."""
@@ -124,7 +124,7 @@ class Storage:
 
     def _find_size(self, name: str) -> int:
         if not self.scheme:
-            return Path(self.source, plain_name(name)).stat().st_size
+            return Path(self.source, self._checked(name)).stat().st_size
         size = self._files().size(self._url(name))
         if size is None:
             raise UserError(
@@ -157,7 +157,7 @@ class Storage:
             return self._open[name]
         if len(self._open) >= OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        self._open[name] = os.open(Path(self.source, plain_name(name)), os.O_RDONLY | os.O_CLOEXEC)
+        self._open[name] = os.open(Path(self.source, self._checked(name)), os.O_RDONLY | os.O_CLOEXEC)
         return self._open[name]
 
     def _files(self) -> Remote:
@@ -169,5 +169,9 @@ class Storage:
             self._remote = os.getpid(), remote
         return remote
 
+    def _checked(self, name: str) -> str:
+        """The name of a file that may be asked for: an index is untrusted."""
+        return plain_name(name)
+
     def _url(self, name: str) -> str:
-        return f"{self.source}/{plain_name(name)}"
+        return f"{self.source}/{self._checked(name)}"

@@ -18,7 +18,9 @@ from PIL import Image
 
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import answer
-from mf_scale.evaluation.predict import predict_images, read_image
+from mf_scale.evaluation.predict import predict_images
+from mf_scale.evaluation.predict_files import read_image
+from mf_scale.evaluation.predict_words import Options
 from mf_scale.evaluation.rle import bounding_box, coco_mask
 from mf_scale.models.build import build_model
 from mf_scale.models.maskformer import MaskFormer
@@ -51,11 +53,13 @@ def _image(file: Path, size: tuple[int, int] = (70, 50), **options: Any) -> Path
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
 def test_overlay_map_and_segments(run: str, tmp_path: Path, task: str) -> None:
     image = _image(tmp_path / "in" / "a.jpg")
-    assert predict_images([str(image)], run, str(tmp_path / "out"), task=task) == 0
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.json", "a.map.png", "a.overlay.png"]
+    assert predict_images([str(image)], run, str(tmp_path / "out"), Options(task)) == 0
+    assert sorted(f.name for f in (tmp_path / "out").glob("a.*")) == ["a.json", "a.map.png", "a.overlay.png"]
     summary = json.loads((tmp_path / "out" / "a.json").read_text())
     ids = np.asarray(cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED))
-    assert ids.dtype == np.uint16 and ids.shape == (70, 50) == (summary["height"], summary["width"])
+    if task == "panoptic":
+        ids = ids.astype(int) @ [65536, 256, 1]  # as panopticapi's rgb2id, of BGR
+    assert ids.shape == (70, 50) == (summary["height"], summary["width"])
     areas = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True)}
     assert areas.pop(0, 0) == summary["void"]["area"]
     assert areas == {s["id"]: s["area"] for s in summary["segments"]}
@@ -73,9 +77,10 @@ def test_instances_overlap_and_the_best_lies_on_top(run: str, tmp_path: Path) ->
     coco = pytest.importorskip("pycocotools.mask")
     image = _image(tmp_path / "a.jpg")
     options = ["eval.instance_top_k=7"]
-    assert predict_images([str(image)], run, str(tmp_path / "out"), task="instance", overrides=options) == 0
+    assert predict_images([str(image)], run, str(tmp_path / "out"), Options("instance", tuple(options))) == 0
     summary = json.loads((tmp_path / "out" / "a.json").read_text())
     ids = np.asarray(cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED))
+    assert ids.dtype == np.uint8
     listed, on_top = summary["segments"], np.zeros_like(ids)
     assert 0 < len(listed) <= 7 and [s["id"] for s in listed] == list(range(1, len(listed) + 1))
     for segment in reversed(listed):
@@ -94,7 +99,7 @@ def test_instances_need_things_and_the_score_threshold_is_told(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, high = _image(tmp_path / "a.png"), ["eval.instance_threshold=1.0"]
-    assert predict_images([str(image)], run, str(tmp_path / "out"), task="instance", overrides=high) == 0
+    assert predict_images([str(image)], run, str(tmp_path / "out"), Options("instance", tuple(high))) == 0
     assert "no segment was found in 1 of them (eval.instance_threshold=1)" in capsys.readouterr().out
     stuff = tmp_path / "stuff"
     shutil.copytree(RunDir(Path(run)).checkpoint(3), stuff)
@@ -103,7 +108,7 @@ def test_instances_need_things_and_the_score_threshold_is_told(
     entry = {"size": (stuff / VOCABULARY).stat().st_size, "sha256": file_digest(stuff / VOCABULARY)}
     (stuff / MANIFEST).write_text(json.dumps({**manifest, "files": {**manifest["files"], VOCABULARY: entry}}))
     with pytest.raises(UserError, match=r"has no thing class.*--task semantic or panoptic"):
-        predict_images([str(image)], str(stuff), str(tmp_path / "out"), task="instance")
+        predict_images([str(image)], str(stuff), str(tmp_path / "other"), Options("instance"))
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 10**6))
@@ -127,8 +132,8 @@ def test_long_runs_take_several_characters() -> None:
 def test_strips_are_predicted_at_their_own_size(run: str, tmp_path: Path, size: tuple[int, int], task: str) -> None:
     """Resized for inference these are thinner than a cell of the coarsest map."""
     image = _image(tmp_path / "a.png", size)
-    assert predict_images([str(image)], run, str(tmp_path / "out"), task=task) == 0
-    assert cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED).shape == size  # type: ignore[union-attr]
+    assert predict_images([str(image)], run, str(tmp_path / "out"), Options(task)) == 0
+    assert cv2.imread(str(tmp_path / "out" / "a.map.png"), cv2.IMREAD_UNCHANGED).shape[:2] == size  # type: ignore[union-attr]
 
 
 def test_what_a_strip_is_widened_by_is_left_out_of_the_answer() -> None:
@@ -144,8 +149,8 @@ def test_folders_and_names_that_stand_twice(run: str, tmp_path: Path, capsys: py
         _image(tmp_path / name, (40, 40))
     (tmp_path / "x" / "notes.txt").write_text("no image, not asked for")
     inputs = [str(tmp_path / "x"), str(tmp_path / "y" / "a.webp")]
-    assert predict_images(inputs, run, str(tmp_path / "out"), task="panoptic") == 0
-    assert sorted(f.name for f in (tmp_path / "out").glob("*.json")) == ["a-2.json", "a.json", "b.json"]
+    assert predict_images(inputs, run, str(tmp_path / "out"), Options("panoptic")) == 0
+    assert sorted(f.name for f in (tmp_path / "out").glob("[ab]*.json")) == ["a-2.json", "a.json", "b.json"]
     assert json.loads((tmp_path / "out" / "a-2.json").read_text())["image"].endswith("y/a.webp")
     assert "3 of 3 images" in capsys.readouterr().out
 
@@ -153,7 +158,7 @@ def test_folders_and_names_that_stand_twice(run: str, tmp_path: Path, capsys: py
 def test_nothing_above_the_threshold_is_told(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = _image(tmp_path / "a.png")
     high = ["eval.object_threshold=1.0"]
-    assert predict_images([str(image)], run, str(tmp_path / "out"), task="panoptic", overrides=high) == 0
+    assert predict_images([str(image)], run, str(tmp_path / "out"), Options("panoptic", tuple(high))) == 0
     assert "no segment was found in 1 of them (eval.object_threshold=1, " in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "a.json").read_text())["segments"] == []
 
@@ -162,15 +167,16 @@ def test_one_input_that_is_no_image(run: str, tmp_path: Path) -> None:
     file = tmp_path / "note.jpg"
     file.write_text("hello")
     with pytest.raises(UserError, match=r"note\.jpg"):
-        predict_images([str(file)], run, str(tmp_path / "out"), task="panoptic")
+        predict_images([str(file)], run, str(tmp_path / "out"), Options("panoptic"))
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="does not exist"):
-        predict_images([str(tmp_path / "gone.jpg")], run, str(tmp_path / "out"), task="panoptic")
+        predict_images([str(tmp_path / "gone.jpg")], run, str(tmp_path / "out"), Options("panoptic"))
 
 
 def test_among_several_the_others_are_done(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = _image(tmp_path / "good.png"), tmp_path / "bad.png"
     bad.write_bytes(good.read_bytes()[:200])
-    assert predict_images([str(bad), str(good)], run, str(tmp_path / "out"), task="semantic") == 2
+    assert predict_images([str(bad), str(good)], run, str(tmp_path / "out"), Options("semantic")) == 2
     assert (tmp_path / "out" / "good.json").exists() and not (tmp_path / "out" / "bad.json").exists()
     printed = capsys.readouterr()
     assert "1 of 2 images" in printed.out and "bad.png" in printed.err
@@ -179,11 +185,11 @@ def test_among_several_the_others_are_done(run: str, tmp_path: Path, capsys: pyt
 def test_nothing_to_do_and_nowhere_to_write(run: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image in what was given"):
-        predict_images([str(tmp_path / "empty")], run, str(tmp_path / "out"), task="panoptic")
+        predict_images([str(tmp_path / "empty")], run, str(tmp_path / "out"), Options("panoptic"))
     (tmp_path / "file").write_text("")
     image = _image(tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot write"):
-        predict_images([str(image)], run, str(tmp_path / "file" / "out"), task="panoptic")
+        predict_images([str(image)], run, str(tmp_path / "file" / "out"), Options("panoptic"))
 
 
 def test_images_are_read_upright_and_their_size_is_limited(tmp_path: Path) -> None:

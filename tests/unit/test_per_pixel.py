@@ -22,6 +22,7 @@ from mf_scale.evaluation import loading
 from mf_scale.evaluation.loading import load_model
 from mf_scale.evaluation.per_pixel import per_pixel_semantic
 from mf_scale.evaluation.predict import predict_images
+from mf_scale.evaluation.predict_words import Options
 from mf_scale.evaluation.runner import evaluate_run
 from mf_scale.losses.pixel_criterion import PixelCriterion
 from mf_scale.models.build import build_model
@@ -170,10 +171,10 @@ def test_a_run_is_evaluated_and_predicts_classes(kind: str, tmp_path: Path) -> N
 
     image = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(image)
-    assert predict_images([str(image)], str(run.path), str(tmp_path / "out"), task="semantic") == 0
+    assert predict_images([str(image)], str(run.path), str(tmp_path / "out"), Options("semantic")) == 0
     for task in ("panoptic", "instance"):
         with pytest.raises(UserError, match=r"knows no segments.*--task semantic"):
-            predict_images([str(image)], str(run.path), str(tmp_path / "out"), task=task)
+            predict_images([str(image)], str(run.path), str(tmp_path / task), Options(task))
 
 
 def _own_model(**settings: Any) -> ModelConfig:
@@ -208,7 +209,7 @@ def test_every_command_that_reads_a_checkpoint_asks(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
     with pytest.raises(UserError, match="If you trust that call"):
-        predict_images([str(image)], str(run.path), str(tmp_path / "out"), task="semantic")
+        predict_images([str(image)], str(run.path), str(tmp_path / "out"), Options("semantic"))
     with pytest.raises(UserError, match="If you trust that call"):
         evaluate_run(str(run.path), [], World(), split="val")
     assert "mIoU" in evaluate_run(
