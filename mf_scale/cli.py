@@ -8,11 +8,29 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mf_scale import __version__
-from mf_scale.commands import bench, data, evaluate, export, import_model, plan, predict, replay, report, status, train
+from mf_scale.commands import (
+    bench,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    import_model,
+    plan,
+    predict,
+    replay,
+    report,
+    status,
+    train,
+    wandb_sync,
+)
+from mf_scale.distributed.env import World, world_from_environment
+from mf_scale.distributed.failures import name_rank, tell_failure, watch_threads
 from mf_scale.errors import StoppedOnRequest, UserError
 
 _INTERRUPTED = 130
@@ -29,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         if not error.said_by_first_rank:
-            print(f"mf-scale: {error}", file=sys.stderr)
+            print(f"mf-scale: {name_rank(str(error), _world())}", file=sys.stderr)
         return error.exit_code
     except StoppedOnRequest as stop:
         return stop.exit_code
@@ -60,7 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mf-scale {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, status, evaluate, predict, report, replay, data, plan, export, import_model, bench):
+    for command in (
+        train,
+        status,
+        evaluate,
+        predict,
+        report,
+        compare,
+        wandb_sync,
+        replay,
+        data,
+        plan,
+        doctor,
+        export,
+        import_model,
+        bench,
+    ):
         command.add(commands)
     return parser
 
@@ -71,12 +104,32 @@ def run() -> NoReturn:
     Without the libraries' own teardown: once in some thirty runs a native thread aborted there ("terminate called
     without an active exception"), after everything was written, and the exit code was no longer ours.
     """
-    code = main()
+    os._exit(to_the_end())
+
+
+def to_the_end() -> int:
+    """`main`, errors that nobody expected said with the rank that had them, and everything written; the exit code."""
+    watch_threads()
+    try:
+        code = main()
+    except UserError as error:  # asked for with --debug
+        traceback.print_exc()
+        code = error.exit_code
+    except Exception as error:
+        tell_failure(error, _world())
+        code = 1
     _wait_for_writers()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)
+    return code
+
+
+def _world() -> World:
+    try:
+        return world_from_environment()
+    except UserError:
+        return World()
 
 
 def _wait_for_writers() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import platform
+import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mf_scale import __version__
 
 _PACKAGE = Path(__file__).parent
-_PROGRAM = (".py", ".cpp", ".html")
+_GIT_SECONDS = 5.0
+_PROGRAM = (".py", ".cpp", ".html", ".json")
 """Endings of the files that are the program; what Python or a compiler made of them is not."""
 
 
@@ -33,3 +38,25 @@ def library_versions() -> dict[str, str]:
     """Versions of this program, Python and the libraries that results may depend on."""
     libraries = {name: version(name) for name in ("torch", "deepspeed", "webdataset", "timm")}
     return {"mf_scale": __version__, "python": platform.python_version(), **libraries}
+
+
+@cache
+def code_commit() -> str | None:
+    """The git commit that the program was checked out at, or that a frozen copy of it says; None where nothing tells.
+
+    Whether files differ from it is what `code_digest` tells: looking for that takes git seconds on a slow disk.
+    """
+    root = _PACKAGE.parent
+    with contextlib.suppress(OSError, ValueError, AttributeError, subprocess.SubprocessError):
+        if (root / "code.json").is_file():
+            return str(json.loads((root / "code.json").read_text(encoding="utf-8")).get("commit") or "") or None
+        if (root / ".git").exists():
+            asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+            return done.stdout.strip() or None
+    return None
+
+
+def code_facts() -> dict[str, Any]:
+    """Which code this is, for a person: {"fingerprint", "commit", "versions"}."""
+    return {"fingerprint": code_digest(), "commit": code_commit(), "versions": library_versions()}

@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mf_scale.config.explain import describe, did_you_mean
 from mf_scale.config.schema import Config
+from mf_scale.config.urls import SECRET_WORDS
 from mf_scale.errors import UserError
 
 BASE_KEY = "base"
 """A file's list of files it builds on, relative to itself; later ones win."""
-_SECRET_WORDS = ("api_key", "apikey", "password", "secret", "access_key", "token", "credential")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -177,7 +177,7 @@ def _secrets(data: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from _secrets(value, f"{prefix}{key}.")
-        elif any(word in str(key).lower() for word in _SECRET_WORDS):
+        elif any(word in str(key).lower() for word in SECRET_WORDS):
             yield f"{prefix}{key} looks like a secret: it belongs in the environment (WANDB_API_KEY), not here."
         elif isinstance(value, str) and "${oc.env:" in value:
             yield f"{prefix}{key} reads the environment, but it would be written to disk: write the value itself."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from mf_scale.errors import UserError
@@ -17,8 +19,10 @@ ENVIRONMENT = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS (a key file)",
 }
 """Where credentials come from, by scheme."""
-SECRETS = ("MF_SCALE_HTTP_AUTHORIZATION", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRETS = ("MF_SCALE_HTTP_AUTHORIZATION", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 """Variables whose values nothing may repeat."""
+SECRET_WORDS = ("api_key", "apikey", "password", "secret", "access_key", "token", "credential")
+"""What the name of a key has in it whose value is a secret."""
 HIDDEN = "***"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -58,6 +62,17 @@ def redact(text: str) -> str:
         if len(secret) >= 4:  # hiding less would spoil ordinary words
             text = text.replace(secret, HIDDEN)
     return text
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Mappings, lists and texts with `redact` applied, and without what stands under the name of a secret."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item, name) for item in value]
+    if any(word in name.lower() for word in SECRET_WORDS):
+        return HIDDEN
+    return redact(value) if isinstance(value, str) else value
 
 
 def _is_plain(url: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,11 +16,29 @@ import torch
 import torch.distributed as dist
 
 from mf_scale.distributed.env import RENDEZVOUS, World
+from mf_scale.distributed.failures import tell_failure
 from mf_scale.distributed.invitation import invitation_name
 from mf_scale.distributed.meeting import meet
 from mf_scale.errors import PARAGRAPHS, UserError
 
 T = TypeVar("T")
+PIECE = 1 << 24
+"""Bytes of each rank that are gathered at once."""
+_waits = {"seconds": 0.0}
+
+
+def seconds_waited() -> float:
+    """Seconds this process has spent in the collectives of this file so far: mostly waiting for other ranks."""
+    return _waits["seconds"]
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waits["seconds"] += time.perf_counter() - began
 
 
 @contextmanager
@@ -41,6 +60,9 @@ def process_group(world: World, *, timeout: float, meeting: Path | None = None) 
     )
     try:
         yield device
+    except BaseException as error:
+        tell_failure(error, world, meeting)  # before the peers find the connection broken
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -87,8 +109,16 @@ def sum_array(values: np.ndarray) -> np.ndarray:
     if not _several():
         return values
     tensor = torch.from_numpy(np.ascontiguousarray(values)).clone()
-    dist.all_reduce(tensor)
+    with _waiting():
+        dist.all_reduce(tensor)
     return tensor.numpy()
+
+
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks of a tensor of the same shape on all, on whichever device it lies; the tensor itself."""
+    if _several():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def gather_objects(value: Any) -> list[Any] | None:
@@ -97,6 +127,34 @@ def gather_objects(value: Any) -> list[Any] | None:
         return [value]
     parts = _all_gather_bytes(json.dumps(value).encode())
     return [json.loads(part) for part in parts] if dist.get_rank() == 0 else None
+
+
+def gather_bytes(data: bytes, owner: int) -> list[bytes]:
+    """Every rank's bytes on rank `owner`, in order of the ranks ([] on the others); in pieces, over the CPU."""
+    if not _several():
+        return [data]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    mine = dist.get_rank() == owner
+    parts = [bytearray() for _ in sizes] if mine else []
+    longest = max(int(size) for size in sizes)
+    for start in range(0, longest, PIECE):
+        width = min(PIECE, longest - start)
+        piece = torch.zeros(width, dtype=torch.uint8)
+        own = data[start : start + width]
+        if own:
+            piece[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        received = [torch.zeros(width, dtype=torch.uint8) for _ in sizes] if mine else None
+        dist.gather(piece, received, dst=owner)
+        if received is not None:
+            for part, size, values in zip(parts, sizes, received, strict=True):
+                part.extend(values[: max(0, int(size) - start)].numpy().tobytes())
+    return [bytes(part) for part in parts]
+
+
+def place() -> tuple[int, int]:
+    """This rank and the number of ranks of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
 
 
 def broadcast_object(value: Any) -> Any:
@@ -163,7 +221,8 @@ def agreed(error: UserError) -> UserError:
 def barrier() -> None:
     """Wait for every rank."""
     if _several():
-        dist.all_reduce(torch.zeros(1))
+        with _waiting():
+            dist.all_reduce(torch.zeros(1))
 
 
 def broadcast_tensors(tensors: list[torch.Tensor]) -> None:
@@ -187,10 +246,12 @@ def _several() -> bool:
 
 def _all_gather_bytes(data: bytes) -> list[bytes]:
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
+    with _waiting():
+        dist.all_gather(sizes, torch.tensor([len(data)]))
     longest = max(1, *(int(size) for size in sizes))
     mine = torch.zeros(longest, dtype=torch.uint8)
     mine[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
     parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, mine)
+    with _waiting():
+        dist.all_gather(parts, mine)
     return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]

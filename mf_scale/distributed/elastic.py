@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mf_scale.distributed.launch import signal_name
 from mf_scale.distributed.ranks import Ranks, common_code
 from mf_scale.errors import EXIT_FAULT, EXIT_STOPPED
 
@@ -101,6 +103,10 @@ def _run_agent(
         seen: list[int] = []
     except ChildFailedError as error:
         seen = [failure.exitcode for failure in error.failures.values()]
+        rank, first = error.get_first_failure()  # the agent ended the others
+        if first.exitcode < 0:
+            who = f"rank {rank} on {socket.gethostname()}"
+            print(f"launch/local.sh: {who} was killed by {signal_name(-first.exitcode)}", file=sys.stderr, flush=True)
     except (RendezvousError, ConnectionError, TimeoutError, RuntimeError) as error:
         print(f"launch/local.sh: the machines lost each other ({type(error).__name__}: {error})", file=sys.stderr)
         seen = [EXIT_FAULT]

@@ -169,6 +169,11 @@ class Engine:
         self._engine.destroy()
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """Parameter group -> its learning rate in the last step."""
+        return {group["name"]: float(group["lr"]) for group in self._groups}
+
+    @property
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from mf_scale.config.signals import DEFAULT
 from mf_scale.distributed.env import RENDEZVOUS
 from mf_scale.errors import EXIT_FAULT, EXIT_GUARD, EXIT_STOPPED, EXIT_USER
 
+RANK_MODULE = "mf_scale.cli"
 _GRACE = 20.0
 """Seconds the other ranks get to end by themselves after one failed, and again after TERM."""
 _PR_SET_PDEATHSIG = 1
@@ -54,7 +56,7 @@ def _start(
     # One core's worth of threads a rank: two ranks with all cores each take turns instead of working.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
     return subprocess.Popen(
-        [sys.executable, "-m", "mf_scale.cli", *arguments],
+        [sys.executable, "-m", RANK_MODULE, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         preexec_fn=partial(_end_with_parent, held),  # noqa: PLW1509 - no threads here
@@ -78,22 +80,45 @@ def _end_with_parent(held: Sequence[str] = DEFAULT) -> None:
 def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[str]) -> int:
     passed_on, deadline = 0, float("inf")
     failures: list[int] = []
+    said: set[int] = set()
     while None in [child.poll() for child in children]:
         for name in asked[passed_on:]:
             passed_on += 1
             _send(children, signal.Signals[name])
+        _say_killed(children, asked, said)
         if not failures:
             failures = _failures(children)
             deadline = time.monotonic() + _GRACE if failures else deadline
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
+    _say_killed(children, asked, said)
     # What a person can act on says more than the broken connection that its peers saw.
     telling = [code for code in _failures(children) if code in (EXIT_USER, EXIT_GUARD, EXIT_FAULT)]
     failures = telling or failures or _failures(children)
     if failures:
         return _exit_code(failures[0])
     return EXIT_STOPPED if EXIT_STOPPED in [child.returncode for child in children] else 0
+
+
+def _say_killed(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[str], said: set[int]) -> None:
+    """Name the ranks that a signal ended, each once: they could not say it themselves."""
+    for rank, child in enumerate(children):
+        if child.returncode is not None and child.returncode < 0 and rank not in said:
+            said.add(rank)
+            name = signal_name(-child.returncode)
+            if name not in asked:
+                print(
+                    f"mf-scale: rank {rank} on {socket.gethostname()} was killed by {name}", file=sys.stderr, flush=True
+                )
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL of 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _failures(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:

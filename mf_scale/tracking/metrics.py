@@ -24,6 +24,8 @@ DURABLE_EVENTS = frozenset({"start", "save", "evaluation", "rollback", "stop"})
 """Events after which the file is forced to the disk: what a committed checkpoint claims is then in the file too."""
 PROCESS_EVENTS = frozenset({"start", "stop", "rollback"})
 """Events of a process, not of the series of steps: a rollback does not undo that they happened."""
+EVALUATION_NUMBERS = ("split", "samples", "mIoU", "PQ", "AP", "images_per_second")
+"""What the `evaluation` event takes of an evaluation's results, beside "where": "training" or "command"."""
 WAITING_BYTES = 64 * 2**20
 """What a training keeps of lines while a disk is full: some 60,000 steps."""
 _TAIL_BYTES = 1 << 16
@@ -61,8 +63,8 @@ class MetricsLog:
                 check()
                 os.ftruncate(self._file, end)
 
-    def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line with "event", "step", "time" (Unix seconds), "start" and `values`.
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append one line with "event", "step", "time" (Unix seconds), "start" and `values`; the line as it is read.
 
         Non-finite floats become null and their names stand in "nonfinite", so that every line is valid JSON.
         UserError where the line cannot be kept.
@@ -79,10 +81,11 @@ class MetricsLog:
             except (OSError, UserError) as error:
                 full = isinstance(error, OSError) and error.errno in NO_SPACE
                 if full and self._waiting_bytes <= self._most_waiting:
-                    return
+                    return record
                 if self._waiting:
                     self._waiting_bytes -= len(self._waiting.pop())
                 raise
+        return record
 
     def flush(self) -> str | None:
         """Force every line to the disk; a sentence where it does not take them."""

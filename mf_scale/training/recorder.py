@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mf_scale.config.load import config_to_dict
+from mf_scale.config.urls import without_secrets
 from mf_scale.distributed import comm
+from mf_scale.distributed.failures import failure_of_peer
 from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
+from mf_scale.fingerprint import code_facts, library_versions
 from mf_scale.tracking.console import ProgressLine
-from mf_scale.tracking.metrics import WAITING_BYTES, MetricsLog
+from mf_scale.tracking.metrics import EVALUATION_NUMBERS, WAITING_BYTES, MetricsLog
 from mf_scale.tracking.progress import Progress
 from mf_scale.tracking.wandb_run import WandbRun
 from mf_scale.training.fence import FencedError
 from mf_scale.training.session import Session
-from mf_scale.training.state import library_versions
 from mf_scale.training.words import last_word, start_facts
 
-_TO_WANDB = ("step", "validation")
 _TICK_SECONDS = 0.5
 _CHECK_SECONDS = 1.0
+_PEER_SECONDS = 2.0
+"""How long the first rank looks for what a peer left whose connection broke."""
+_T = TypeVar("_T")
 
 
 class Recorder:
@@ -49,16 +53,14 @@ class Recorder:
     def event(self, event: str, *, step: int | None = None, **values: Any) -> None:
         """Append an event of `step` (the present one where none is given)."""
         at = self._session.state.step if step is None else step
-        if self._log:
-            self._keep_failure(partial(self._log.write, event, at, **values))
-        if self._wandb and event in _TO_WANDB and not self.cut_off:
-            prefix = "train" if event == "step" else event
-            self._wandb.log(at, {f"{prefix}/{name}": value for name, value in _numbers(values)})
+        record = self._keep_failure(partial(self._log.write, event, at, **values)) if self._log else None
+        if self._wandb and record is not None:
+            self._wandb.record(record)
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
         """Tell the person wherever they are, through W&B; `note` tells the console."""
         if self._wandb and not self.cut_off:
-            self._wandb.alert(title, text)
+            self._wandb.alert(title, text, level)
 
     def flush(self) -> str | None:
         """Force what was written to the disk, since a committed checkpoint must not know more steps than the metrics;
@@ -81,8 +83,11 @@ class Recorder:
             )
 
     def step(self, step: int, means: dict[str, Any], **values: Any) -> None:
-        """Append the means of the logging interval that ends with `step` and show them."""
-        self.event("step", step=step, **means, **values)
+        """Append the means of the logging interval that ends with `step`, with whatever else is known of it, and show
+        them."""
+        session = self._session
+        also = {"lrs": session.engine.learning_rates, "quarantined": session.state.quarantined}
+        self.event("step", step=step, **{**means, **also, **values})
         left = self._session.config.train.steps - step
         self._latest = {
             "loss": means["loss"],
@@ -92,6 +97,15 @@ class Recorder:
         }
         if self._progress:
             self._progress.update(step, **self._latest)
+
+    def evaluation(self, results: Mapping[str, Any]) -> None:
+        """Append the numbers of an evaluation of the present weights; W&B gets the tables and pictures it left.
+
+        `results` as in RUN/report/evaluation-SPLIT.json, which is written before.
+        """
+        self.event("evaluation", where="training", **{name: results.get(name) for name in EVALUATION_NUMBERS})
+        if self._wandb and not self.cut_off:
+            self._wandb.evaluation(self._session.state.step, f"evaluation-{results['split']}.json")
 
     def begin(self, start: int) -> None:
         """From now on keep how far start `start` comes, to the step."""
@@ -136,23 +150,15 @@ class Recorder:
             self._keep_failure(self._session.fence.check)
         return not self.cut_off
 
-    def _keep_failure(self, action: Callable[[], None]) -> None:
-        """Run `action`; keep the first UserError, or the one that nothing can be done about."""
+    def _keep_failure(self, action: Callable[[], _T]) -> _T | None:
+        """The result of `action`; keeps the first UserError, or the one that nothing can be done about."""
         try:
-            action()
+            return action()
         except FencedError as error:
             self.failure = error
         except UserError as error:
             self.failure = self.failure or error
-
-
-def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Numbers under their names, those of a mapping as `name/inner`."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
-        elif isinstance(value, int | float):
-            yield name, value
+        return None
 
 
 @contextmanager
@@ -161,7 +167,7 @@ def open_recorder(session: Session) -> Iterator[Recorder]:
     log = comm.together(lambda: _open_log(session) if session.world.first else None)
     wandb = None
     if log is not None:
-        wandb = WandbRun(session.config.tracking, session.run, config_to_dict(session.config))
+        wandb = WandbRun(session.config.tracking, session.run, _shown_settings(session))
     recorder = Recorder(session, log, wandb)
     _announce(session, recorder)
     exit_code = 1
@@ -174,10 +180,20 @@ def open_recorder(session: Session) -> Iterator[Recorder]:
         raise
     except BaseException as error:
         with suppress(Exception):  # it must not hide the error
-            recorder.event("stop", **last_word(error))
+            word = last_word(error, partial(failure_of_peer, session.world, session.run, _PEER_SECONDS))
+            recorder.event("stop", **word)
+            recorder.alert("the run was aborted", f"at step {session.state.step:,}: {word['reason']}", "ERROR")
         raise
     finally:
         recorder.close(exit_code)
+
+
+def _shown_settings(session: Session) -> dict[str, Any]:
+    """What W&B shows of a start: the effective configuration, the code, the groups. No secrets."""
+    config = without_secrets(config_to_dict(session.config))
+    data = {"samples": session.samples, "classes": len(session.vocabulary)}
+    told = {"world": session.world.size, **data, "notes": session.notes}
+    return {**config, "code": code_facts(), "session": without_secrets(told)}
 
 
 def _open_log(session: Session) -> MetricsLog:
@@ -198,6 +214,7 @@ def _announce(session: Session, recorder: Recorder) -> None:
         data=state.data.to_dict(),
         steps=config.train.steps,
         versions=versions,
+        code={name: told for name, told in code_facts().items() if name != "versions"},
         **start_facts(session.run, session.world, start=session.start, step=state.step),
     )
     recorder.begin(session.start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -38,13 +39,18 @@ _LOST_PEER = re.compile(r"(gloo|nccl).*(closed by peer|reset by peer|timed out|t
 """What gloo and NCCL say, in many words, when a peer is gone: the reason is its, not theirs."""
 
 
-def last_word(error: BaseException) -> dict[str, Any]:
-    """`reason` and `exit_code` of the `stop` event of a start that an error ends."""
+def last_word(error: BaseException, of_peer: Callable[[], str | None] = lambda: None) -> dict[str, Any]:
+    """`reason` and `exit_code` of the `stop` event of a start that an error ends.
+
+    `of_peer`: asked where another rank was the first to end: what that rank left about it, None: nothing.
+    """
     if isinstance(error, PARAGRAPHS):
         return {"reason": _short(error.what), "exit_code": error.exit_code}
     told = str(error).strip().partition("\n")[0]
     if isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
-        return {"reason": "the connection to another rank broke, which had ended or hung", "exit_code": 1}
+        told_by_it = of_peer()
+        reason = told_by_it or "the connection to another rank broke, which had ended or hung"
+        return {"reason": _short(reason), "exit_code": 1}
     code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     return {"reason": _short(f"{type(error).__name__}: {told}".removesuffix(": ")), "exit_code": code}
 

@@ -79,7 +79,7 @@ def test_a_run_that_ends_with_lines_that_wait_says_so(
     run, world = SimpleNamespace(path=tmp_path), SimpleNamespace(first=True)
     session = SimpleNamespace(config=config, run=run, world=world, fence=fence, start=1)
     monkeypatch.setattr(module, "_announce", lambda *_: None)
-    monkeypatch.setattr(module, "config_to_dict", lambda _: {})
+    monkeypatch.setattr(module, "_shown_settings", lambda _: {})
     monkeypatch.setattr(module, "MetricsLog", lambda *_, **__: log)
     monkeypatch.setattr(module, "WandbRun", lambda *_: SimpleNamespace(finish=lambda *_, **__: None))
     monkeypatch.setattr(Recorder, "note", lambda _, text: notes.append(text))
@@ -98,10 +98,10 @@ class Wandb:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.told.append(f"step {step}")
+    def record(self, record: dict[str, object]) -> None:
+        self.told.append(f"step {record['step']}")
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
         self.told.append(title)
 
     def abandon(self) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import struct
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.wandb_run import WandbRun
+from mf_scale.tracking.wandb_run import WandbRun, client_lines, encoded, opening
+from mf_scale.tracking.wandb_tables import write_class_map
+from tests.unit.wandb_files import segments
 
 
 @pytest.fixture
@@ -24,53 +28,123 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return RunDir(tmp_path / "my-run")
 
 
-def _records(file: Path) -> list[Any]:
-    """The records of a .wandb file: a 7-byte head, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, part, records = file.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-            record.ParseFromString(part)
-            records.append(record)
-            part = b""
-    return records
-
-
-def _history(record: Any) -> dict[str, Any]:
-    return {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
-
-
 @pytest.mark.timeout(120)
 def test_the_real_client_offline_and_a_resume_in_the_same_run(run: RunDir) -> None:
     config = TrackingConfig(project="proof")
     for first, last in ((1, 3), (3, 5)):
         wandb_run = WandbRun(config, run, {"seed": 7, "train": {"steps": 4}})
         for step in range(first, last):
-            wandb_run.log(step, {"loss": 1.0 / step, "lr": 0.1})
+            wandb_run.record(_line(step, loss=1.0 / step, lr=0.1))
         assert wandb_run.finish(0, timeout=50) is None
     run_id = (run.wandb / "run-id").read_text()
-    files = sorted(run.wandb.glob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)
-    assert len(files) == 2 and all(f.name == f"run-{run_id}.wandb" for f in files)
-    steps = []
-    for file in files:
-        records = _records(file)
-        (opened,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-        assert (opened.run_id, opened.project, opened.display_name) == (run_id, "proof", "my-run")
-        assert {c.key: json.loads(c.value_json) for c in opened.config.update}["seed"] == 7
-        rows = [_history(r) for r in records if r.WhichOneof("record_type") == "history"]
-        steps += [(row["_step"], row["loss"]) for row in rows]
-        (exited,) = [r.exit for r in records if r.WhichOneof("record_type") == "exit"]
-        assert exited.exit_code == 0
-    assert steps == [(s, 1.0 / s) for s in (1, 2, 3, 4)]
+    told = segments(run.wandb, run_id)
+    assert len(told) == 2
+    for segment in told:
+        assert (segment.run.run_id, segment.run.project, segment.run.display_name) == (run_id, "proof", "my-run")
+        assert segment.config["seed"] == 7 and segment.exit_code == 0
+    rows = [row for segment in told for row in segment.rows]
+    assert [(row["_step"], row["step"], row["train/loss"], row["_timestamp"]) for row in rows] == [
+        (s, s, 1.0 / s, 100.0 + s) for s in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_steps_that_the_run_knows_are_not_told_twice_in_whichever_process(run: RunDir) -> None:
+    """W&B's steps only grow: what it was told of a step stays, until the run is past that."""
+    for start, steps in enumerate(((1, 2, 3, 4), (3, 4, 5), (2, 3, 4, 5, 6))):
+        wandb_run = WandbRun(TrackingConfig(), run, {})
+        for step in steps:
+            wandb_run.record(_line(step, loss=start + step / 10))
+        assert wandb_run.finish(0, timeout=50) is None
+    rows = [row for segment in segments(run.wandb, (run.wandb / "run-id").read_text()) for row in segment.rows]
+    told = [(row["step"], row["train/loss"]) for row in rows]
+    assert told == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 1.5), (6, 2.6)]
+    assert "4 rows of replayed steps were held back" in (run.wandb / "client.log").read_text()
+
+
+@pytest.mark.timeout(120)
+def test_one_axis_an_end_in_the_summary_an_alert_and_nothing_outside_the_folder(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wandb_run = WandbRun(TrackingConfig(), run, {})
+    wandb_run.record({"event": "start", "step": 0, "time": 1.0, "start": 1, "steps": 9, "world": 2})
+    wandb_run.record({"event": "save", "step": 4, "time": 3.0, "start": 1})
+    wandb_run.record({"event": "stop", "step": 5, "time": 4.0, "start": 1, "reason": "too hot", "exit_code": 3})
+    wandb_run.alert("the run was aborted", "too hot", "ERROR")
+    assert wandb_run.finish(85, timeout=50, preempting=True) is None
+    (told,) = segments(run.wandb, (run.wandb / "run-id").read_text())
+    assert ("step", "") in told.metrics and ("*", "step") in told.metrics
+    assert ("validation/loss", "step") in told.metrics
+    expected = {"run/state": "guard", "run/reason": "too hot", "run/step": 5, "run/steps": 9, "run/saved_step": 4}
+    assert {name: told.summary[name] for name in expected} == expected
+    assert told.alerts == [("the run was aborted", "too hot", "ERROR")]
+    assert told.kinds.count("preempting") == 1 and told.exit_code == 85
+    assert not (tmp_path / "home").exists(), "nothing is staged outside the run directory"
+
+
+@pytest.mark.timeout(120)
+def test_tables_and_pictures_of_an_evaluation(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run.report.mkdir(parents=True)
+    image = np.full((30, 40, 3), 90, np.uint8)
+    cv2.imwrite(str(run.report / "val-00-image.png"), image)
+    classes = np.array([[-1, 0], [1, 2]]).repeat(15, 0).repeat(20, 1)
+    write_class_map(run.report / "val-00-classes.png", classes)
+    views = [
+        {"title": "image", "file": "val-00-image.png"},
+        {"title": "prediction", "file": "val-00-image.png", "classes": "val-00-classes.png"},
+    ]
+    results = {
+        "split": "val",
+        "class_names": ["sky", "cat", "dog"],
+        "things": [False, True, True],
+        "semantic": {"per_class": {"IoU": [0.5, 0.9, None], "pixels": [5, 9, 0]}},
+        "bands": {"of_class": ["common", "rare", None], "rare": {"classes": 1, "mIoU": 0.9, "PQ": None, "AP": None}},
+        "pictures": [{"position": 0, "key": "a", "why": "worst", "views": views}],
+    }
+    (run.report / "evaluation-val.json").write_text(json.dumps({"step": 4, **results}))
+    wandb_run = WandbRun(TrackingConfig(), run, {})
+    wandb_run.evaluation(4, "evaluation-val.json")
+    assert wandb_run.finish(0, timeout=50) is None, (run.wandb / "client.log").read_text()
+    (told,) = segments(run.wandb, (run.wandb / "run-id").read_text())
+    (row,) = told.rows
+    assert row["step"] == 4
+    assert told.table(row, "evaluation/val/bands") == [["rare", 1, 0.9, None, None]]
+    assert told.table(row, "evaluation/val/classes") == [
+        ["cat", 1, True, "rare", 0.9, 9],
+        ["sky", 0, False, "common", 0.5, 5],
+    ]
+    masks = told.masks(row, "evaluation/val/pictures")
+    assert np.array_equal(masks["prediction"], classes + 1)
+    names = told.config["_wandb"]["mask/class_labels"]["evaluation/val/pictures_wandb_delimeter_prediction"]["value"]
+    assert names == {"0": "none", "1": "sky", "2": "cat", "3": "dog"}
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.timeout(120)
+def test_without_a_network_the_real_client_falls_back_to_files(run: RunDir) -> None:
+    """The service of a client that failed to reach W&B still holds the run's id: without its end there was no run."""
+    lines = [
+        {**opening(TrackingConfig(), run, online=True, resume=True), "config": {}},
+        *client_lines({"record": _line(1, loss=2.0)}),
+        {"finish": 0},
+    ]
+    code = "import sys\nfrom mf_scale.tracking import wandb_client as c\nc.INIT_SECONDS = 2\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(c.serve(sys.stdin.buffer))"],
+        input=b"".join(encoded(line) for line in lines),
+        env={**os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_SILENT": "true"},
+        capture_output=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"connection refused" in done.stderr, done.stderr.decode()
+    (told,) = segments(run.wandb, (run.wandb / "run-id").read_text())
+    assert [(row["step"], row["train/loss"]) for row in told.rows] == [(1, 2.0)]
+
+
+def _line(step: int, **values: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    return {"event": "step", "step": step, "time": 100.0 + step, "start": 1, **values}
 
 
 def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -87,7 +161,7 @@ def _use(run: RunDir, config: TrackingConfig | None = None, **options: Any) -> t
     wandb_run = WandbRun(config or TrackingConfig(), run, {}, **options)
     start = time.monotonic()
     for step in range(20):
-        wandb_run.log(step, {"loss": 1.0})
+        wandb_run.record(_line(step, loss=1.0))
     return wandb_run, time.monotonic() - start
 
 
@@ -148,10 +222,10 @@ def init(**k):
 def test_a_full_queue_drops_and_counts(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake(tmp_path, monkeypatch, "import time\ntime.sleep(300)\n")
     wandb_run = WandbRun(TrackingConfig(), run, {}, queue_lines=5)
-    big = {"text": "x" * 70_000}  # more than a pipe holds
+    big = {f"value_{number}": 1.0 for number in range(5_000)}  # more than a pipe holds
     start = time.monotonic()
     for step in range(50):
-        wandb_run.log(step, big)
+        wandb_run.record(_line(step, **big))
     assert time.monotonic() - start < 1.0
     assert wandb_run.dropped >= 40
     assert wandb_run.finish(timeout=0.5) is not None
@@ -174,12 +248,12 @@ def init(**k): return Run()
 """,
     )
     wandb_run = WandbRun(TrackingConfig(), run, {})
-    wandb_run.log(1, {"loss": 1.0})
+    wandb_run.record(_line(1, loss=1.0))
     deadline = time.monotonic() + 30
     while not told.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     wandb_run.abandon()
-    wandb_run.log(2, {"loss": 1.0})
+    wandb_run.record(_line(2, loss=1.0))
     assert wandb_run.finish(1) is None
     time.sleep(0.3)
     assert told.read_text() == "logged"
@@ -200,9 +274,11 @@ import os, signal, time
 from pathlib import Path
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.wandb_run import WandbRun
+from mf_scale.tracking.wandb_run import WandbRun, client_lines, encoded, opening
+from mf_scale.tracking.wandb_tables import write_class_map
+from tests.unit.wandb_files import segments
 run = WandbRun(TrackingConfig(), RunDir(Path({str(run.path)!r})), {{}})
-run.log(1, {{"loss": 1.0}})
+run.record({{"event": "step", "step": 1, "loss": 1.0}})
 while "took 1" not in run.log_file.read_text(): time.sleep(0.02)
 os.kill(os.getpid(), signal.SIGKILL)
 """
