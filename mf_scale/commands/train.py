@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mf_scale.commands.arguments import OVERRIDES, add_command, add_processes, wanted_ranks
 from mf_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from mf_scale.config.schema import Config
+    from mf_scale.training.evaluating import Evaluate
 
 
 def add(commands: Any) -> None:
@@ -49,5 +53,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"mf-scale: {note}", file=sys.stderr)
     from mf_scale.training.trainer import train
 
-    train(config, world, flag)
+    train(config, world, flag, _evaluate(config))
     return 0
+
+
+def _evaluate(config: Config) -> Evaluate | None:
+    """What evaluates the run on its way; what it needs is imported now, so that nothing is missing then."""
+    if not config.eval.metrics_every_steps or config.data.val is None:
+        return None
+    from mf_scale.commands.evaluate_in_training import evaluate_in_training
+
+    return evaluate_in_training

@@ -156,12 +156,27 @@ class EvalConfig:
     """Steps between validation losses in training; 0: none."""
     loss_samples: int = 512
     """Samples of the validation source the validation loss is taken over."""
+    metrics_every_steps: int = 5000
+    """Steps between evaluations (mIoU, PQ, AP as of `evaluate`) of the validation source in training; 0: none (5000:
+    MaskFormer's in detectron2)."""
+    metrics_samples: int = 0
+    """Samples of the validation source, the first ones, that these evaluations take; 0: all."""
     weights: str = choice("auto", "ema", "raw")
     """Weights that are validated, evaluated and exported; auto: the moving average where the run keeps one."""
     short_side: int = 512
     """Shorter side in pixels an image is resized to for inference (paper: the crop size)."""
     max_side: int = 2048
     """Longer side after resizing at most (paper: 2048 on ADE20K, 1333 on COCO)."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Multiples of short_side and max_side an image is predicted at; the class scores of several are averaged, which
+    needs data.task=semantic (paper: 0.5, 0.75, 1, 1.25, 1.5, 1.75 on ADE20K)."""
+    flip: bool = False
+    """Predict the mirrored image too and average the class scores; needs data.task=semantic (paper: with scales)."""
+    window: list[int] = field(default_factory=list)
+    """Height and width in pixels of a window that is slid over the resized image; class scores are averaged where
+    windows overlap, which needs data.task=semantic; empty: the whole image at once (paper)."""
+    window_overlap: float = 0.33
+    """Share of a window that the next one covers again, at least (mmsegmentation's recipes: 1/3)."""
     object_threshold: float = 0.8
     """Panoptic: class probability below which a query is dropped (paper: 0.8)."""
     overlap_threshold: float = 0.8
@@ -172,6 +187,9 @@ class EvalConfig:
     """Instance: (query, class) pairs kept of an image, best first (100: detectron2's and COCO's)."""
     instance_threshold: float = 0.0
     """Instance: class probability x mask quality below which an instance is dropped (0: none is, for AP)."""
+    boundary: bool = False
+    """Evaluate on boundary IoU as well, of the pixels within 2% of the image's diagonal of an outline (Cheng et al.
+    2021)."""
 
 
 @dataclass

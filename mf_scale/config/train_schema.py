@@ -77,6 +77,17 @@ class TrainConfig:
     """Minutes before the end of a SLURM job (SLURM_JOB_END_TIME) at which the run stops by itself; 0: does not."""
     gc_every: int = 500
     """Steps between Python's garbage collections, which all ranks take together; 0 leaves them to Python."""
+    straggler_every: int = 100
+    """Steps over which the ranks' own seconds are compared, to name one that the others wait for; 0: never (100: one
+    image with many segments, or one slow read, is no more than a hundredth of the mean)."""
+    straggler_factor: float = 1.3
+    """Times the median of the other ranks' own seconds a step from which a rank is named, where it costs the others 5%
+    of a step (1.3: which images a rank happens to get makes some 10% over a hundred steps)."""
+    profile: list[int] = field(default_factory=list)
+    """[first, last]: steps, from 1, that torch's profiler records into RUN/profile; empty: none (it slows them)."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that `profile` records, each into files of its own (0: all do the same; or one that a straggler event
+    names)."""
 
 
 @dataclass

@@ -90,7 +90,8 @@ class Criterion:
         """The same for queries that are matched already; `stacked` are the prediction's layers."""
         per_mask = 1 / max(1.0, normalisers.num_masks)
         with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
-            by_class = self._class_loss(stacked.class_logits, pairs, self.loss.class_weight / normalisers.class_weight)
+            scale = self.loss.class_weight / normalisers.class_weight
+            by_class, class_layers = self._class_loss(stacked.class_logits, pairs, scale)
             masks = self._mask_loss(stacked.mask_embeddings, prediction.pixel_embeddings, batch, pairs)
         total = torch.add(by_class, masks.total, alpha=per_mask)
         terms = {
@@ -98,15 +99,36 @@ class Criterion:
             "focal": self.loss.focal_weight * per_mask * masks.focal.sum(),
             "dice": self.loss.dice_weight * per_mask * masks.dice.sum(),
         }
-        return LossTerms(total, terms, {"matched": pairs.matched, "surplus": pairs.surplus}, pairs.nonfinite)
+        focal, dice = self._by_layer(masks, pairs, stacked.mask_embeddings.shape)
+        layers = {
+            "class": class_layers,
+            "focal": self.loss.focal_weight * per_mask * focal,
+            "dice": self.loss.dice_weight * per_mask * dice,
+        }
+        counts = {"matched": pairs.matched, "surplus": pairs.surplus}
+        return LossTerms(total, terms, counts, layers, pairs.nonfinite)
 
-    def _class_loss(self, class_logits: Tensor, pairs: Matching, scale: float) -> Tensor:
-        """Sum over images, layers and queries of the weighted cross-entropy times `scale`; class_logits [B,S,Q,K+1]."""
+    def _class_loss(self, class_logits: Tensor, pairs: Matching, scale: float) -> tuple[Tensor, Tensor]:
+        """Sum over images, layers and queries of the weighted cross-entropy times `scale`, and by layer [S], detached.
+
+        class_logits [B,S,Q,K+1]. Spelt out as torch's cross_entropy is made, so that both come from one softmax.
+        """
         logits = wide(class_logits.flatten(0, 2))
         targets = pairs.labels.flatten().remainder(self.num_classes + 1)  # NO_LABEL is -1 and becomes K, no-object
         weight = logits.new_full((self.num_classes + 1,), scale)
         weight[-1].fill_(scale * self.loss.no_object_weight)  # assigning a number would wait for the GPU
-        return F.cross_entropy(logits, targets, weight, reduction="sum")
+        log_probability = logits.log_softmax(dim=1)
+        total = F.nll_loss(log_probability, targets, weight, reduction="sum")
+        single = F.nll_loss(log_probability.detach(), targets, weight, reduction="none")
+        return total, single.view(class_logits.shape[:3]).sum(dim=(0, 2))
+
+    def _by_layer(self, masks: MaskLoss, pairs: Matching, shape: torch.Size) -> Tensor:
+        """Focal and dice loss summed by layer, [2,S]; `shape` [B,S,Q,C] of the mask embeddings."""
+        layers, queries = shape[1:3]
+        layer = pairs.slots.remainder(layers * queries).div(queries, rounding_mode="floor")
+        of_layer = layer[..., None] == torch.arange(layers, device=layer.device)
+        # Padding pairs have losses of 0. A sum, since a product of matrices may round to TF32.
+        return (torch.stack((masks.focal, masks.dice))[..., None] * of_layer).sum(dim=(1, 2))
 
     def _mask_loss(self, mask_embeddings: Tensor, pixel_embeddings: Tensor, batch: Batch, pairs: Matching) -> MaskLoss:
         """The second product, for the matched queries only; mask_embeddings [B,S,Q,C]."""

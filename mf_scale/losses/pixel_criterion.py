@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mf_scale.data.batch import Batch
-from mf_scale.losses.pixel_loss import UNCOUNTED, pixel_loss
+from mf_scale.losses.pixel_loss import UNCOUNTED, pixel_losses
 from mf_scale.losses.terms import LossTerms
 from mf_scale.models.outputs import PixelPrediction
 
@@ -43,8 +43,9 @@ class PixelCriterion:
             embeddings, pixels = _wide(prediction.stacked()), _wide(prediction.pixel_embeddings)
             bias = prediction.bias
             bias = embeddings.new_zeros(embeddings.shape[2]) if bias is None else _wide(bias)
-            total = pixel_loss(embeddings, pixels, bias, pixel_classes(batch)) / normalisers
-        return LossTerms(total, {"pixel": total.detach()})
+            total, layers = pixel_losses(embeddings, pixels, bias, pixel_classes(batch))
+            total = total / normalisers
+        return LossTerms(total, {"pixel": total.detach()}, layers={"pixel": layers / normalisers})
 
 
 def pixel_classes(batch: Batch) -> Tensor:

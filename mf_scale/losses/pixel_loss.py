@@ -27,32 +27,42 @@ def pixel_loss(class_embeddings: Tensor, pixel_embeddings: Tensor, bias: Tensor,
     `class_embeddings` [B,S,K,C], `pixel_embeddings` [B,C,h,w], `bias` [K], all fp32 or fp64; `classes` int64 [B,H,W]
     with UNCOUNTED. Bilinear upsampling with align_corners False, as in the paper's code.
     """
-    return _PixelLoss.apply(class_embeddings, pixel_embeddings, bias, classes)
+    return pixel_losses(class_embeddings, pixel_embeddings, bias, classes)[0]
+
+
+def pixel_losses(
+    class_embeddings: Tensor, pixel_embeddings: Tensor, bias: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the sums of each layer [S], which have no gradient."""
+    total, by_layer = _PixelLoss.apply(class_embeddings, pixel_embeddings, bias, classes)
+    return total, by_layer
 
 
 class _PixelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, pixels: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
+    def forward(ctx: Any, embeddings: Tensor, pixels: Tensor, bias: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
         gradients = [t.new_zeros(t.shape) for t in (embeddings, pixels, bias)] if wanted else None  # contiguous
         upsample = _Upsampling(pixels.shape[-2:], classes.shape[-2:], pixels)
-        total = pixels.new_zeros(())
+        total, by_layer = pixels.new_zeros(()), pixels.new_zeros(embeddings.shape[1])
         for b, image in enumerate(pixels.flatten(2)):
             for s, rows in enumerate(embeddings[b]):
                 logits = torch.addmm(bias[:, None], rows, image).unflatten(1, pixels.shape[-2:])
                 loss, at_logits = _cross_entropy(logits, classes[b], upsample, wanted)
                 total += loss
+                by_layer[s] += loss
                 if gradients is not None and at_logits is not None:
                     flat = at_logits.flatten(1)
                     torch.matmul(flat, image.T, out=gradients[0][b, s])
                     gradients[1][b].flatten(1).addmm_(rows.T, flat)
                     gradients[2] += flat.sum(1)
         ctx.save_for_backward(*(gradients or ()))
-        return total
+        ctx.mark_non_differentiable(by_layer)
+        return total, by_layer
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return (*(gradient * grad_total for gradient in ctx.saved_tensors), None)
 
 

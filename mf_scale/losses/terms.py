@@ -21,6 +21,8 @@ class LossTerms:
     """By name: detached, weighted, normalised, summed over layers; their sum is the total."""
     counts: dict[str, int] = field(default_factory=dict)
     """What was counted beside, by name."""
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    """The terms by supervised layer [S], the last one last, where the loss can tell; detached."""
     nonfinite: list[dict[str, Any]] = field(default_factory=list)
     """Non-finite matching costs that were replaced: layer, key, queries, term."""
 

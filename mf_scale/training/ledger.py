@@ -8,19 +8,22 @@ something depends on them: a checkpoint, a validation, the end.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from mf_scale.distributed import comm
 from mf_scale.training.guard import DeadSteps, skip_report, skip_sentence, stop_dead_run
 from mf_scale.training.meter import Meter
+from mf_scale.training.phases import StepTimes
+from mf_scale.training.profiling import is_profiled
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.schedule import lr_factor
 from mf_scale.training.session import Session
 from mf_scale.training.spike import SpikeGuard
 from mf_scale.training.startup import seconds_since_start
 from mf_scale.training.step import StepResult, StepValues
+from mf_scale.training.straggler import Stragglers, host_of, straggler_sentence
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Ledger:
     def __init__(self, session: Session, recorder: Recorder) -> None:
         config, state = session.config, session.state
         self._session, self._recorder = session, recorder
-        self.meter = Meter(session.criterion)
+        self._meter = Meter(session.criterion, session.world, session.device)
+        self._stragglers = Stragglers(config.train, session.world)
         self._dead = DeadSteps(config.guard, state.skipped, state.step)
         self._spikes = SpikeGuard(config.guard, state.losses)
         self._open: tuple[StepResult, float] | None = None
@@ -66,13 +70,19 @@ class Ledger:
         self._start_seconds = self._start_seconds or seconds_since_start()
         self._open = (result, data_wait)
 
+    def pause(self, seconds: float) -> None:
+        """Leave what came between two steps (a checkpoint, a validation) out of speed and phases."""
+        if seconds:
+            self._session.phases.restart()
+
     def settle(self) -> None:
         """Read the step that is open, if any; all ranks call it at the same places."""
         if self._open is None:
             return
         (result, data_wait), self._open = self._open, None
         session, values = self._session, result.read()
-        self.meter.add(values, result.counts, session.config.train.global_batch, data_wait)
+        times = result.marks.read()
+        self._meter.add(values, result.counts, session.config.train.global_batch, data_wait, times)
         if values.applied:
             session.state.updates += 1
             if session.ema is not None:
@@ -82,6 +92,7 @@ class Ledger:
             self._recorder.note(f"non-finite matching costs were replaced: {result.replaced_costs[0]}")
         if self._due(result.step):
             self.write_line(values, result.step)
+        self._name_straggler(times, result.step)
         self._guard(result, values)
 
     def loss_share(self) -> float:
@@ -101,7 +112,7 @@ class Ledger:
         self._judge_now()
         self.settle()
         self._judge_now()
-        if self.meter.steps:
+        if self._meter.steps:
             self.write_line(None, step)
 
     def _judge_now(self) -> None:
@@ -121,8 +132,17 @@ class Ledger:
         if self._start_seconds is not None and not self._told_start:
             more["start_seconds"] = round(self._start_seconds, 3)
             self._told_start = True
-        means = self.meter.read()
+        means = self._meter.read()
         self._recorder.step(step, means, updates=state.updates, lr=session.config.optimizer.lr * factor, **more)
+
+    def _name_straggler(self, times: StepTimes, step: int) -> None:
+        config = self._session.config.train
+        found = self._stragglers.add(times, counts=not is_profiled(config, step))
+        if found is None:
+            return
+        host = host_of(found.rank)
+        self._recorder.event("straggler", step=step, host=host, **asdict(found))
+        self._recorder.note(straggler_sentence(found, host, step - config.straggler_every + 1, step))
 
     def _due(self, step: int) -> bool:
         return step % self._session.config.train.log_every == 0 or step == self._session.config.train.steps

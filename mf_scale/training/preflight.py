@@ -50,6 +50,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     validation = open_validation(config.data)
     if validation is not None:
         _check_validation(validation, vocabulary)
+    _refuse_missing_ranks(config, world)
     _refuse_foreign(run)
     taken = take_lock(run, lock)
     with disk_errors(run.path):
@@ -77,7 +78,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
         "token": taken.fence.token,
         "start": taken.start,
         "damaged": [str(folder) for folder in damaged],
-        "notes": [*notes, *damaged.values(), *_few_queries(config, sources)],
+        "notes": [*notes, *damaged.values(), *_few_queries(config, sources), *_unseen(config, world, validation)],
     }
 
 
@@ -135,6 +136,30 @@ def _refuse_foreign(run: RunDir) -> None:
             where=str(run.path),
             remedy="Choose another run_dir.",
         )
+
+
+def _refuse_missing_ranks(config: Config, world: World) -> None:
+    """A rank that is to be profiled and is not there would be waited for in vain by the person who named it."""
+    missing = [rank for rank in config.train.profile_ranks if rank >= world.size]
+    if config.train.profile and missing:
+        raise UserError(
+            f"train.profile_ranks names rank {missing[0]}, and there are {world.size} ranks",
+            where="configuration",
+            remedy=f"Take ranks from 0 to {world.size - 1}.",
+        )
+
+
+def _unseen(config: Config, world: World, validation: Index | None) -> list[str]:
+    """Sentences on what will not be looked at, which is legal."""
+    notes, train = [], config.train
+    if validation is None and (config.eval.every_steps or config.eval.metrics_every_steps):
+        notes.append("no validation source (data.val): no validation loss and no evaluation on the way")
+    if world.size > 1 and train.hang_timeout >= train.collective_timeout:
+        notes.append(
+            f"train.hang_timeout = {train.hang_timeout} is not below train.collective_timeout = "
+            f"{train.collective_timeout}: where a rank hangs, the others give up before its stacks are written"
+        )
+    return notes
 
 
 def _few_queries(config: Config, sources: Sequence[Index]) -> list[str]:

@@ -12,6 +12,7 @@ from mf_scale.training.position import DataOfRun, samples_of
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.saver import Saver
 from mf_scale.training.session import Session
+from mf_scale.training.watchdog import EVALUATION
 
 
 def record_samples(session: Session, recorder: Recorder, saver: Saver, batch: Batch, quarantined: int) -> None:
@@ -41,11 +42,20 @@ def _flat(parts: list[list[Any]] | None) -> list[Any]:
     return [item for part in parts or () for item in part]
 
 
-def samples_in_hand(session: Session) -> Callable[[int], list[str]]:
-    """What computes this rank's samples of a step (from 1), a line each with its shard, when somebody wants to know."""
-    data, world = DataOfRun(session.config, session.sources, session.state.data, []), session.world
+def samples_in_hand(session: Session) -> Callable[[str, int, int], list[str]]:
+    """What computes this rank's samples of a step (from 1), a line each with its shard, when somebody wants to know.
 
-    def samples(step: int) -> list[str]:  # keeps nothing of the session's memory on the device
+    In an evaluation it is the image of the turn; behind the last one the numbers are put together.
+    """
+    data, world = DataOfRun(session.config, session.sources, session.state.data, []), session.world
+    validation, wanted = session.validation, session.config.eval.metrics_samples
+
+    def samples(phase: str, step: int, turn: int) -> list[str]:  # keeps nothing of the session's memory on the device
+        if phase == EVALUATION and validation is not None:
+            if turn * world.size >= min(wanted or validation.samples, validation.samples):
+                return []
+            sample = validation.sample((turn * world.size + world.rank) % validation.samples)
+            return [f"{sample.key}  {validation.source}/{sample.shard}"]
         own = [sample for sample in samples_of(data, step) if sample.lane % world.size == world.rank]
         return [f"{sample.key}  {sample.source}/{sample.shard}" for sample in own]
 

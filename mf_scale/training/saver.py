@@ -37,6 +37,8 @@ class _Pending:
 
     step: int
     began: float
+    evaluated: int
+    """`TrainState.evaluated` as it is written."""
     stall: float
     """Seconds that the training has paid so far."""
     slow: bool = False
@@ -61,6 +63,7 @@ class Saver:
         self._pending: _Pending | None = None
         # A state that went back differs from its checkpoint's in what it leaves out.
         self._committed = session.state.step if session.resumed and not session.rolled_back else -1
+        self._evaluated = session.state.evaluated  # as the committed one tells
         self._sound = {session.state.step} if session.resumed else set()
         self._began = time.monotonic()
         self._retry_at: float | None = None
@@ -119,7 +122,7 @@ class Saver:
         began = time.monotonic()
         self._alive()
         self._finish_write()
-        if self._session.state.step != self._committed:
+        if self._session.state.step != self._committed or self._session.state.evaluated != self._evaluated:
             self._start()
             if not self._config.asynchronous:
                 self._finish_write()
@@ -181,7 +184,7 @@ class Saver:
             self._failed(step, problem)
             return
         texts = {**session.settings, STATE: self._state()} if session.world.first else {}
-        self._pending = _Pending(step, self._began, 0.0)
+        self._pending = _Pending(step, self._began, session.state.evaluated, 0.0)
         here = session.run, session.fence, step, session.world.rank
         self._writer.start(partial(write_files, *here, copy.result, texts))
         self._pending.stall = time.monotonic() - self._began
@@ -205,7 +208,7 @@ class Saver:
         if done.problem is not None:
             self._failed(pending.step, done.problem)
             return
-        self._committed, self._failing = pending.step, False
+        self._committed, self._evaluated, self._failing = pending.step, pending.evaluated, False
         self._sound.add(pending.step)
         if self._session.world.first:
             self._tidy(pending.step)

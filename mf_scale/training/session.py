@@ -32,6 +32,7 @@ from mf_scale.training.fence import LOCK, Fence
 from mf_scale.training.initial import initial_model
 from mf_scale.training.lock import let_go
 from mf_scale.training.optimizer import build_optimizer, group_table
+from mf_scale.training.phases import Phases
 from mf_scale.training.precision import autocast, set_numerics
 from mf_scale.training.preflight import examine, refuse_unshared, settle
 from mf_scale.training.snapshot import FileContents
@@ -63,6 +64,7 @@ class Session:
     """The moving average of the weights, where the run keeps one."""
     transfer: Transfer
     statistics: MovingStatistics
+    phases: Phases
     criterion: StepLoss
     state: TrainState
     settings: dict[str, str]
@@ -157,6 +159,7 @@ def open_session(
             ema=ema,
             transfer=Transfer(device),
             statistics=MovingStatistics(engine.module),
+            phases=Phases(device, gathers=engine.stage == 3),
             criterion=choose_criterion(config, len(vocabulary)),
             state=state,
             settings=settings,

@@ -36,6 +36,8 @@ class TrainState:
     """Times a spike took the run back: its `step`, the step it went back `to`, the global batches `skipped` there."""
     best: tuple[int, float] | None = None
     """Step and loss of the lowest validation loss so far."""
+    evaluated: int = 0
+    """The last step an evaluation was finished at."""
 
     def note_validation(self, loss: float) -> None:
         """A validation was finished at the present step; one that is not finite is never the best."""
@@ -55,6 +57,7 @@ class TrainState:
             "losses": list(self.losses),
             "rollbacks": list(self.rollbacks),
             "best": self.best,
+            "evaluated": self.evaluated,
         }
 
     @staticmethod
@@ -70,6 +73,7 @@ class TrainState:
             losses=[float(loss) for loss in data["losses"]],
             rollbacks=[dict(rollback) for rollback in data["rollbacks"]],
             best=(int(data["best"][0]), float(data["best"][1])) if data["best"] else None,
+            evaluated=int(data.get("evaluated", 0)),
         )
 
 

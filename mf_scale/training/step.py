@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mf_scale.distributed.env import World
 from mf_scale.distributed.gradients import StepOutcome
 from mf_scale.losses.terms import LossTerms, StepLoss
 from mf_scale.training.late import Late
+from mf_scale.training.phases import Phases, StepMarks
 from mf_scale.training.seeding import seed_model
 from mf_scale.training.statistics import MovingStatistics
 from mf_scale.training.transfer import Transfer
@@ -84,16 +85,22 @@ class StepResult:
     """Non-finite matching costs that were replaced."""
     terms: int
     """Loss terms of a micro-batch."""
+    layers: dict[str, int]
+    """By the name of a term, how many decoder layers it is known of."""
     values: Late
-    """Terms of each micro-batch, then applied, loss scale and the norms of the parameter groups."""
+    """Terms of each micro-batch, those by layer, then applied, loss scale and the norms of the parameter groups."""
+    marks: StepMarks
+    """When its phases began."""
 
     def read(self) -> StepValues:
         """The values; waits where the device has not come that far."""
         values, behind = self.values.read(), self.terms * len(self.keys)
+        terms = [values[i : i + self.terms] for i in range(0, behind, self.terms)]
+        layers = {}
+        for name, count in self.layers.items():
+            layers[name], behind = values[behind : behind + count], behind + count
         applied, scale, *norms = values[behind:]
-        return StepValues(
-            [values[i : i + self.terms] for i in range(0, behind, self.terms)], bool(applied), scale, norms
-        )
+        return StepValues(terms, layers, bool(applied), scale, norms)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class StepValues:
 
     terms: list[list[float]]
     """This rank's share of the step's weighted loss terms: by micro-batch, then by `StepLoss.names`."""
+    layers: dict[str, list[float]]
+    """The same by the name of the term, then by decoder layer, where the loss can tell."""
     applied: bool
     """False where the step had no update, on any rank."""
     loss_scale: float
@@ -127,6 +136,7 @@ def train_step(
     *,
     transfer: Transfer,
     statistics: MovingStatistics,
+    phases: Phases,
     plan: BatchPlan,
     world: World,
     seed: int,
@@ -138,25 +148,37 @@ def train_step(
     `lr_factor` is asked between the last backward pass and the update: what became of the step before is known by then.
     """
     terms: list[Tensor] = []
+    layers: dict[str, Tensor] = {}
     counts, replaced, keys = [0] * len(criterion.counted), [], []
     outcome = None
     for number, micro in enumerate(transfer.micro_batches(batch, plan.micro_batch)):
+        phases.enter("forward")
         seed_model(seed, step, lane=world.rank + world.size * number * plan.micro_batch)
         faults.reach("train.forward", rank=world.rank, step=step + 1)
-        losses = criterion(engine.forward(micro.images), micro, agreement.normalisers)
+        prediction = engine.forward(micro.images)
+        phases.enter("loss")
+        losses = criterion(prediction, micro, agreement.normalisers)
+        del prediction  # its memory is the backward pass's
         losses = disturbed(losses, rank=world.rank, step=step + 1)
+        phases.enter("backward")
         engine.backward(losses.total)
         terms.append(torch.stack([losses.terms[name] for name in criterion.names]))
         counts = [so_far + losses.counts[name] for so_far, name in zip(counts, criterion.counted, strict=True)]
+        layers = {name: layers[name] + values if name in layers else values for name, values in losses.layers.items()}
         replaced += losses.nonfinite
         keys.append(micro.keys)
         if number + 1 < plan.accumulation:
             engine.end_micro_batch()
+            phases.enter("other")  # the next micro-batch's copy
         else:
+            phases.enter("optimizer")
             outcome = engine.step(lr_factor())
             statistics.end_step(outcome.applied)
     assert outcome is not None  # accumulation is at least 1
-    return StepResult(step + 1, keys, counts, replaced, len(criterion.names), Late(_flat(terms, outcome)))
+    marks = phases.end()
+    sizes = {name: len(values) for name, values in layers.items()}
+    values = Late(_flat([*terms, *layers.values()], outcome))
+    return StepResult(step + 1, keys, counts, replaced, len(criterion.names), sizes, values, marks)
 
 
 def _flat(terms: list[Tensor], outcome: StepOutcome) -> Tensor:
@@ -172,7 +194,7 @@ def disturbed(losses: LossTerms, *, rank: int, step: int) -> LossTerms:
         return losses
     first = next(iter(losses.terms))
     terms = {**losses.terms, first: losses.terms[first] * ordered[0]}
-    return LossTerms(losses.total * ordered[0], terms, losses.counts, losses.nonfinite)
+    return replace(losses, total=losses.total * ordered[0], terms=terms)
 
 
 _DISTURBANCES = (("nan", float("nan")), ("spike", 1000.0))

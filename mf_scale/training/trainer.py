@@ -8,7 +8,6 @@ from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,12 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.distributed.same_program import refuse_mixture
 from mf_scale.errors import EXIT_STOPPED, StoppedOnRequest, UserError
+from mf_scale.training.evaluating import Evaluate
 from mf_scale.training.garbage import held_off_the_step
 from mf_scale.training.ledger import Ledger, Spike
+from mf_scale.training.looks import Looks
 from mf_scale.training.preemption import StopFlag
+from mf_scale.training.profiling import profiled
 from mf_scale.training.recorder import Recorder, open_recorder
 from mf_scale.training.samples import record_samples, samples_in_hand
 from mf_scale.training.saver import Saver
@@ -33,11 +35,10 @@ from mf_scale.training.session import Session, open_session
 from mf_scale.training.spike import Rollback
 from mf_scale.training.step import Agreement, StepResult, agree, train_step
 from mf_scale.training.turning_back import turn_back
-from mf_scale.training.validation import validation_loss
 from mf_scale.training.watchdog import Watchdog, watched
 
 
-def train(config: Config, world: World, flag: StopFlag) -> None:
+def train(config: Config, world: World, flag: StopFlag, evaluate: Evaluate | None = None) -> None:
     """Join the ranks, refuse a mixture of programs, then `train_run`."""
     meeting, timeout = Path(config.run_dir), config.train.collective_timeout
     with (
@@ -45,11 +46,18 @@ def train(config: Config, world: World, flag: StopFlag) -> None:
         comm.process_group(world, timeout=timeout, meeting=meeting) as device,
     ):
         refuse_mixture(world, config_to_dict(config))
-        train_run(config, world, device, flag, watchdog)
+        train_run(config, world, device, flag, watchdog, evaluate)
 
 
-def train_run(config: Config, world: World, device: torch.device, flag: StopFlag, watchdog: Watchdog) -> None:
-    """Train or go on training `config.run_dir` to its last step.
+def train_run(
+    config: Config,
+    world: World,
+    device: torch.device,
+    flag: StopFlag,
+    watchdog: Watchdog,
+    evaluate: Evaluate | None = None,
+) -> None:
+    """Train or go on training `config.run_dir` to its last step, evaluated by `evaluate` on its way (none: not).
 
     Raises StoppedOnRequest once a requested stop is committed, UserError for a mistake, GuardError when going on
     would spoil the run.
@@ -64,7 +72,7 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
             raise StoppedOnRequest
         with open_session(config, world, device, rollback) as session, open_recorder(session) as recorder:
             watchdog.opened(session.start, samples_in_hand(session))
-            end = _run(session, recorder, flag, watchdog)
+            end = _run(session, recorder, flag, watchdog, evaluate)
             watchdog.alive("end", session.state.step)
             # Together: the first exit code that srun sees makes it end the other ranks.
             comm.barrier()
@@ -80,7 +88,9 @@ def train_run(config: Config, world: World, device: torch.device, flag: StopFlag
             torch.cuda.empty_cache()
 
 
-def _run(session: Session, recorder: Recorder, flag: StopFlag, watchdog: Watchdog) -> str | Spike:
+def _run(
+    session: Session, recorder: Recorder, flag: StopFlag, watchdog: Watchdog, evaluate: Evaluate | None
+) -> str | Spike:
     """Train until the last step ("done"), until the ranks agree to stop ("stop") or until a loss jumps."""
     saver = Saver(session, recorder, lambda: watchdog.alive("save", session.state.step))
     ledger = Ledger(session, recorder)
@@ -89,7 +99,8 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag, watchdog: Watchdo
     comm.together(saver.prepare)
     if session.rolled_back:
         saver.save()
-    stopped = _run_steps(session, recorder, saver, ledger, flag, watchdog)
+    looks = Looks(session, recorder, saver, flag, watchdog, evaluate)
+    stopped = _run_steps(session, recorder, saver, ledger, looks, flag, watchdog)
     if ledger.halted:
         saver.finish()
     if ledger.dead is not None:
@@ -103,17 +114,30 @@ def _run(session: Session, recorder: Recorder, flag: StopFlag, watchdog: Watchdo
 
 
 def _run_steps(
-    session: Session, recorder: Recorder, saver: Saver, ledger: Ledger, flag: StopFlag, watchdog: Watchdog
+    session: Session,
+    recorder: Recorder,
+    saver: Saver,
+    ledger: Ledger,
+    looks: Looks,
+    flag: StopFlag,
+    watchdog: Watchdog,
 ) -> bool:
     """Take steps until the last one (False), until the ranks agree to stop (True) or `ledger.halted`."""
     config, state = session.config, session.state
     faults.reach("train.first", rank=session.world.rank, step=state.step)
-    # A validation that a stop interrupted is made up for.
-    ledger.meter.pause(_validate_if_due(session, recorder, saver, flag, watchdog))
-    with closing(_stream(session, flag)) as stream, held_off_the_step(config.train.gc_every) as collector:
+    # What a stop interrupted is made up for.
+    ledger.pause(looks.validate())
+    ledger.pause(looks.evaluate())
+    with (
+        closing(_stream(session, flag)) as stream,
+        held_off_the_step(config.train.gc_every) as collector,
+        profiled(session, recorder, watchdog) as profiler,
+    ):
         while state.step < config.train.steps:
+            profiler.begin_step()
             watchdog.alive("data", state.step + 1)
             batch, waited, failure = _next_batch(session, stream, recorder)
+            session.phases.batch_there(waited)
             watchdog.alive("step", state.step + 1)
             agreement = agree(
                 batch,
@@ -139,7 +163,7 @@ def _run_steps(
             if agreement.stop:
                 return True
             if agreement.save and _adds(session, saver, ledger):
-                ledger.meter.pause(saver.save())
+                ledger.pause(saver.save())
             assert batch is not None  # else the step had failed, or the ranks had agreed to stop
             ledger.book(_train_step(session, batch, agreement, ledger), waited)
             state.step += 1
@@ -148,17 +172,19 @@ def _run_steps(
             faults.reach("train.step", rank=session.world.rank, step=state.step)
             record_samples(session, recorder, saver, batch, agreement.quarantined)
             collector.collect_if_due(state.step)
-            if state.step == config.train.steps or _validation_due(session) or _save_due(session):
+            ledger.pause(profiler.end_step(looks=looks.due))
+            if state.step == config.train.steps or looks.due or _save_due(session):
                 ledger.close(state.step)
             if ledger.halted:
                 return False
-            ledger.meter.pause(_validate_if_due(session, recorder, saver, flag, watchdog))
+            ledger.pause(looks.validate())
             if _best_here(session) or (_save_due(session) and _adds(session, saver, ledger)):
-                ledger.meter.pause(saver.save())
+                ledger.pause(saver.save())
+            ledger.pause(looks.evaluate())
     if comm.sum_array(np.array([int(recorder.failure is not None)]))[0]:
         saver.save_last()
         comm.together(lambda: _raise(recorder.failure))
-    return _validation_due(session)
+    return looks.due
 
 
 def _next_batch(
@@ -210,6 +236,7 @@ def _train_step(session: Session, batch: Batch, agreement: Agreement, ledger: Le
         agreement,
         transfer=session.transfer,
         statistics=session.statistics,
+        phases=session.phases,
         plan=session.plan,
         world=session.world,
         seed=config.seed,
@@ -235,41 +262,3 @@ def _adds(session: Session, saver: Saver, ledger: Ledger) -> bool:
     Within a row of steps without an update each one would push out the checkpoints from before.
     """
     return not ledger.dead_row or saver.newest < session.state.step - ledger.dead_row
-
-
-def _validation_due(session: Session) -> bool:
-    every, state = session.config.eval.every_steps, session.state
-    here = bool(every) and state.step > 0 and state.step % every == 0
-    return here and session.validation is not None and state.validated < state.step
-
-
-def _validate_if_due(session: Session, recorder: Recorder, saver: Saver, flag: StopFlag, watchdog: Watchdog) -> float:
-    """Seconds it took. A stop in between leaves the validation due. The steps before it are settled."""
-    began = time.perf_counter()
-
-    def stop_wanted() -> bool:  # asked once a batch
-        watchdog.alive("validation", session.state.step)
-        return flag.wanted
-
-    if _validation_due(session) and session.validation is not None:
-        watchdog.alive("validation", session.state.step)
-        faults.reach("train.validation", rank=session.world.rank, step=session.state.step)
-        with session.validated_weights():
-            values = validation_loss(
-                session.engine,
-                session.criterion,
-                session.validation,
-                session.config,
-                session.plan,
-                session.world,
-                session.transfer,
-                saver,
-                stop_wanted,
-            )
-        if values is not None:
-            session.state.note_validation(values["loss"])
-            told: dict[str, Any] = {"weights": session.validated, **values}
-            recorder.event("validation", **told)
-            bad = f", without {values['undecodable']} samples that do not decode" if values["undecodable"] else ""
-            recorder.note(f"step {session.state.step}: validation loss {values['loss']:.4g}{bad}")
-    return time.perf_counter() - began

@@ -24,6 +24,7 @@ from mf_scale.distributed.env import World, world_from_environment
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.models.build import build_model
 from mf_scale.training.optimizer import build_optimizer
+from mf_scale.training.phases import Phases
 from mf_scale.training.statistics import MovingStatistics
 from mf_scale.training.step import agree, train_step
 from mf_scale.training.transfer import Transfer
@@ -74,6 +75,7 @@ def scenario(source: str, options: dict, world: World, device: torch.device) -> 
                 agreement,
                 transfer=Transfer(device),
                 statistics=MovingStatistics(engine.module),
+                phases=Phases(device, gathers=config.zero.stage == 3),
                 plan=plan,
                 world=world,
                 seed=0,

@@ -20,7 +20,7 @@ SIGNS: list[tuple[str, int]] = []
 class Listener(Watchdog):
     """Keeps the signs."""
 
-    def alive(self, phase: str, step: int) -> None:
+    def alive(self, phase: str, step: int, turn: int = 0) -> None:
         SIGNS.append((phase, step))
 
 

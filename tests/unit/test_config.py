@@ -102,10 +102,32 @@ def test_effective_configuration_comes_back(tmp_path: Path) -> None:
         ("data.flip=1.5", "data.flip = 1.5 must lie in 0..1"),
         ("model.decoder.width=100", "not a multiple"),
         ("checkpoint.keep_last=1", "at least 2"),
+        ("train.straggler_factor=1", "would name a rank that is like the others"),
+        ("train.straggler_every=-1", "train.straggler_every = -1 must not be negative"),
+        ("train.profile=[3]", "train.profile = [3] must be [first, last], steps from 1"),
+        ("train.profile=[0,2]", "must be [first, last], steps from 1"),
+        ("train.profile=[5,4]", "must be [first, last], steps from 1"),
+        ("train.profile=[159999,160001]", "lies behind the last step, train.steps = 160000"),
+        ("train.profile=[1,101]", "are 101 steps, whose trace would fill the memory: take 100 at most"),
+        ("train.profile_ranks=[1]", "does nothing without train.profile"),
+        ("eval.metrics_every_steps=-1", "eval.metrics_every_steps = -1 must not be negative"),
     ],
 )
 def test_mistakes_are_named_with_the_remedy(override: str, named: str) -> None:
     assert named in message(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["train.straggler_every=0", "train.straggler_factor=2"], "does nothing with train.straggler_every = 0"),
+        (["eval.metrics_every_steps=0", "eval.metrics_samples=5"], "does nothing with eval.metrics_every_steps = 0"),
+        (["train.profile=[1,2]", "train.profile_ranks=[-1]"], "must hold ranks, from 0"),
+        (["train.profile=[1,2]", "train.profile_ranks=[]"], "must hold ranks, from 0"),
+    ],
+)
+def test_settings_that_another_one_makes_void_are_named(overrides: list[str], named: str) -> None:
+    assert named in message(*overrides)
 
 
 def test_a_secret_is_never_repeated() -> None:

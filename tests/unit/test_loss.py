@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE
@@ -14,6 +15,9 @@ from mf_scale.kernels import eager as room
 from mf_scale.losses.criterion import Criterion, Normalisers, target_totals
 from mf_scale.losses.mask_loss import mask_loss
 from mf_scale.losses.reference import reference_loss
+from mf_scale.matching.cost import pairwise_cost
+from mf_scale.matching.hungarian import match
+from mf_scale.models.outputs import MaskPrediction
 from tests.random_batches import CLASSES, as_embeddings, leaves, part, random_batch, random_prediction
 
 
@@ -49,6 +53,39 @@ def test_equals_the_reference_in_value_and_gradient(ignored_pixels, map_layers):
     batch = random_batch([3, 0, 5, 9], map_layers=map_layers)
     got = _check_against_reference(random_prediction(4), batch, ignored_pixels)
     assert got.counts == {"matched": 13, "surplus": 4}
+
+
+@pytest.mark.parametrize("points", [0, 20])
+def test_terms_by_layer_are_those_of_a_prediction_of_that_layer_alone(points):
+    """With an image without segments, one with more than queries, and rows of pairs of different lengths."""
+    batch, prediction = random_batch([3, 0, 9]), random_prediction(3, layers=3)
+    criterion, normalisers = _criterion(), Normalisers(*target_totals(batch, 5, 0.1))
+    criterion.loss.points = points
+    torch.manual_seed(1)
+    got = criterion(prediction, batch, normalisers)
+    for name, layers in got.layers.items():
+        assert layers.shape == (3,) and not layers.requires_grad
+        torch.testing.assert_close(layers.sum(), got.terms[name])
+    if points:
+        return  # which points are drawn depends on the pairs of all layers
+    for number, layer in enumerate(prediction.layers()):
+        alone = MaskPrediction(layer.class_logits, layer.mask_embeddings, prediction.pixel_embeddings)
+        for name, term in criterion(alone, batch, normalisers).terms.items():
+            torch.testing.assert_close(got.layers[name][number], term, msg=f"{name} of layer {number}")
+
+
+def test_the_class_loss_is_torchs_cross_entropy_to_the_bit():
+    logits = torch.randn(2, 3, 5, CLASSES + 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    batch, prediction = random_batch([3, 5]), random_prediction(2, layers=3, dtype=torch.float32)
+    criterion = _criterion()
+    pairs = match(pairwise_cost(prediction, batch, criterion.matching, criterion.loss), batch, "strict")
+    total, _ = criterion._class_loss(logits, pairs, 0.3)
+    weight = torch.full((CLASSES + 1,), 0.3)
+    weight[-1] = 0.3 * criterion.loss.no_object_weight
+    targets = pairs.labels.flatten().remainder(CLASSES + 1)
+    wanted = F.cross_entropy(logits.flatten(0, 2), targets, weight, reduction="sum")
+    assert torch.equal(total, wanted)
+    assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (total, wanted)))
 
 
 def test_no_segment_gives_class_loss_and_exactly_no_mask_loss():

@@ -42,6 +42,17 @@ def test_pixels_take_their_segments_class_and_nothing_else():
     assert PixelCriterion().totals(batch) == (4.0,)
 
 
+def test_each_layers_share_is_told_and_they_make_the_whole():
+    batch, prediction = random_batch([3, 5]), random_pixel_prediction(2)
+    got = _loss(prediction, batch)
+    layers = got.layers["pixel"]
+    assert not layers.requires_grad
+    torch.testing.assert_close(layers.sum(), got.total.detach())
+    last = PixelPrediction(prediction.class_embeddings, prediction.pixel_embeddings, prediction.bias)
+    torch.testing.assert_close(layers[-1], _loss(last, batch).total.detach())
+    assert len(layers) == 1 + len(prediction.aux) == 2
+
+
 def test_gradcheck():
     batch = random_batch([3, 0], (9, 11))
     leaves = [t.detach().clone().requires_grad_() for t in pixel_leaves(random_pixel_prediction(2, size=(4, 5)))]

@@ -43,6 +43,7 @@ def _config(index: Index | None = None, *, kind: str = "mask_classification", qu
     config.model.pixel_decoder = replace(config.model.pixel_decoder, width=16, mask_channels=16)
     config.model.decoder = replace(config.model.decoder, layers=1, queries=queries, width=16, heads=2, feedforward=16)
     config.data.train = None if index is None else str(index.source)
+    config.eval.every_steps = config.eval.metrics_every_steps = 0  # else it is said that there is nothing to look at
     if kind != "mask_classification":
         config.data.task = "semantic"
     return config
@@ -220,3 +221,26 @@ def test_the_new_pyramid_on_a_vit_trains_at_the_full_rate():
     numbers = {id(p) for p in of_backbone["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in numbers}
     assert names and all(name.startswith("backbone.net.") for name in names)
+
+
+def test_what_a_run_will_not_look_at_is_said(index: Index, tmp_path: Path, lock: list[int]) -> None:
+    config, one, two = _config(index, queries=4), World(), World(0, 2, 0)
+    config.train.hang_timeout = config.train.collective_timeout = 600
+    assert examine(config, RunDir(tmp_path / "1"), one, lock)["notes"] == []
+    (note,) = examine(config, RunDir(tmp_path / "2"), two, lock)["notes"]
+    assert "where a rank hangs, the others give up before its stacks are written" in note
+    config.train.hang_timeout, config.eval.metrics_every_steps = 599, 100
+    (note,) = examine(config, RunDir(tmp_path / "3"), two, lock)["notes"]
+    assert note == "no validation source (data.val): no validation loss and no evaluation on the way"
+    config.data.val = str(index.source)
+    assert examine(config, RunDir(tmp_path / "4"), two, lock)["notes"] == []
+
+
+def test_a_rank_that_is_to_be_profiled_and_is_not_there_is_refused(
+    index: Index, tmp_path: Path, lock: list[int]
+) -> None:
+    config = _config(index, queries=4)
+    config.train.profile, config.train.profile_ranks = [1, 2], [0, 2]
+    with pytest.raises(UserError, match="profile_ranks names rank 2, and there are 2 ranks"):
+        examine(config, RunDir(tmp_path), World(0, 2, 0), lock)
+    assert not list(tmp_path.iterdir())

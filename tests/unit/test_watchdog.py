@@ -51,14 +51,43 @@ def test_a_phase_that_is_new_may_take_five_times_as_long(tmp_path):
     code, _, _ = end(start("hang-in-a-new-phase", tmp_path / "hang"))
     assert code == EXIT_FAULT
     (file,) = (tmp_path / "hang").iterdir()
-    assert "no sign of life for 5 s, in phase validation" in file.read_text()
+    assert "rank 1 hangs: no sign of life for 5 s, in phase validation" in file.read_text()
+
+
+def test_a_hang_in_an_evaluation_names_its_image(tmp_path):
+    code, _, err = end(start("hang-in-an-evaluation", tmp_path / "hang"))
+    assert code == EXIT_FAULT, err
+    (file,) = (tmp_path / "hang").iterdir()
+    told = file.read_text()
+    assert told.startswith("rank 1 hangs: no sign of life for 1 s, in phase evaluation of step 2\n")
+    assert told.endswith("this rank's samples of turn 1 of the evaluation at step 2:\nimage 1 of phase evaluation\n")
 
 
 def test_what_is_slow_but_alive_lives(tmp_path):
+    """In a phase that is new its stacks are written all the same, and taken back once it goes on."""
     code, out, err = end(start("work-slowly", tmp_path / "hang"))
-    assert (code, err) == (0, "")
+    assert code == 0, err
     assert out.endswith("lived\n")
+    told = "rank 1: no sign of life for 1 s, in phase validation of step 5, which is new and may take 5 s"
+    first, second = err.splitlines()
+    assert first == f"mf-scale: {told}; its stacks go to {tmp_path}/hang/start-7-rank-1-of-2.txt"
+    assert second in [f"mf-scale: rank 1 goes on after {seconds} s" for seconds in (2, 3)]
     assert not (tmp_path / "hang").exists()
+
+
+def test_in_a_phase_that_is_new_stacks_lie_there_before_its_peers_lose_patience(tmp_path):
+    """Their collectives have a time limit, and the launcher then kills the rank that hangs."""
+    child = start("hang-in-a-new-phase", tmp_path / "hang")
+    file, deadline = tmp_path / "hang/start-7-rank-1-of-2.txt", time.monotonic() + 30
+    try:
+        while not (file.is_file() and "samples of step 2" in file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert child.poll() is None  # it has its time
+        child.kill()
+        assert file.read_text().startswith("rank 1: no sign of life for 1 s, in phase validation of step 2, which is")
+        assert 'watched_process.py", line' in file.read_text()
+    finally:
+        end(child)
 
 
 def test_a_process_that_holds_the_interpreter_is_ended_by_the_timer(tmp_path):
@@ -87,11 +116,11 @@ def test_old_reports_are_swept_by_rank_0(tmp_path):
         file = tmp_path / f"start-{number}-rank-0-of-1.txt"
         file.write_text("x")
         os.utime(file, (number, number))
-    Watchdog(World(), tmp_path, timeout=0, last_resort=0).opened(99, lambda _: [])
+    Watchdog(World(), tmp_path, timeout=0, last_resort=0).opened(99, lambda *_: [])
     assert len(list(tmp_path.iterdir())) == KEPT + 5  # where nothing is watched, nothing is touched
     watchdog = Watchdog(World(), tmp_path, timeout=60, last_resort=60)
     watchdog.start()
-    watchdog.opened(99, lambda _: [])
+    watchdog.opened(99, lambda *_: [])
     watchdog.close()
     assert {f.name for f in tmp_path.iterdir()} == {f"start-{n}-rank-0-of-1.txt" for n in range(5, KEPT + 5)}
 

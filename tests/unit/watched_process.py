@@ -21,10 +21,10 @@ TIMEOUT, LAST_RESORT = 1.0, 2.0
 module._TELL_SECONDS = 3.0
 
 
-def samples(step: int) -> list[str]:
+def samples(phase: str, step: int, turn: int) -> list[str]:
     if sys.argv[1] == "hang-in-the-index-too":
         time.sleep(60)
-    return [f"key-{step}  source/shard-000.tar"]
+    return [f"key-{step}  source/shard-000.tar" if phase == "step" else f"image {turn} of phase {phase}"]
 
 
 def main() -> None:
@@ -47,6 +47,10 @@ def main() -> None:
         ctypes.PyDLL(None).sleep(60)  # unlike CDLL, it does not let the interpreter go
     elif doing == "hang-in-a-new-phase":
         watchdog.alive("validation", 2)
+        time.sleep(60)
+    elif doing == "hang-in-an-evaluation":
+        for sign in (("evaluation", 1, 3), ("step", 2), ("evaluation", 2, 0), ("evaluation", 2, 1)):
+            watchdog.alive(*sign)
         time.sleep(60)
     elif doing == "write-nowhere":
         folder.parent.mkdir(exist_ok=True)
