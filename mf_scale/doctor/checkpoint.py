@@ -32,7 +32,7 @@ from mf_scale.rundir import (
 )
 from mf_scale.training.fence import LOCK, read_holder
 from mf_scale.training.initial import CLASS_HEADS
-from mf_scale.training.preflight import _check_same_vocabulary, _refuse_foreign
+from mf_scale.training.preflight import check_same_vocabulary, refuse_foreign
 from mf_scale.training.slurm_jobs import still_known
 from mf_scale.training.state import TrainState
 
@@ -65,7 +65,7 @@ def judge_checkpoint(
     """
     found = _in_use(run)
     try:
-        _refuse_foreign(run)
+        refuse_foreign(run)
     except UserError as error:
         return [*found, refused(CHECK, error)]
     folders = committed_checkpoints(run)
@@ -96,7 +96,7 @@ def _resume(
     found = []
     other = f"start a new run_dir with train.init_from={folder.parent.parent} --reinit-head."
     if sources:
-        found += _of(lambda: _check_same_vocabulary(folder, sources[0].vocabulary, other))
+        found += _of(lambda: check_same_vocabulary(folder, sources[0].vocabulary, other))
     if model is not None:
         found += _fits(model, folder, kind=config.model.kind, but_head=False)
     if found:
@@ -144,7 +144,7 @@ def _from_elsewhere(config: Config, sources: Sequence[Index], model: ModelSize |
     found = []
     if sources and not anew:
         remedy = "add --reinit-head, which takes all but its class head."
-        found += _of(lambda: _check_same_vocabulary(folder, sources[0].vocabulary, remedy))
+        found += _of(lambda: check_same_vocabulary(folder, sources[0].vocabulary, remedy))
     if model is not None:
         found += _fits(model, folder, kind=config.model.kind, but_head=anew)
     head = " without the class head" if anew else ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mf_scale.config.consent import belongs_to_a_checkpoint, refuse_unasked_code
 from mf_scale.config.schema import Config
-from mf_scale.training.initial import _refuse_uneven_crop
+from mf_scale.training.initial import refuse_uneven_crop
 
 _FP32 = 4
 
@@ -27,7 +27,7 @@ class ModelSize:
 
     def refuse_crop(self, config: Config) -> None:
         """UserError where data.crop is no multiple of the model's stride, as a start has it."""
-        _refuse_uneven_crop(self.module, config)
+        refuse_uneven_crop(self.module, config)
 
     def checkpoint(self, config: Config) -> int:
         """Bytes of one checkpoint, computed: weights and buffers, Adam's moments, and the average where it is kept."""

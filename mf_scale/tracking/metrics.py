@@ -135,8 +135,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Every line that still holds, in order; [] where there is no file.
 
     A `start` line takes the run back to its step: lines of later steps written before it are superseded, and lines of
-    older starts written behind it are left out. A validation that was made up for after a stop supersedes an earlier
-    one of its step.
+    older starts written behind it are left out. A validation, and an evaluation in training, that was made up for
+    after a stop or made again after a kill supersedes an earlier one of its step.
     A torn last line is left out; other unreadable lines are left out with a warning.
     """
     try:
@@ -144,27 +144,38 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     kept: list[dict[str, Any]] = []
-    validated: set[int] = set()
-    unreadable, newest = 0, 0
+    looks: set[tuple[Any, ...]] = set()
+    unreadable = newest = furthest = 0
     for line in lines[:-1]:
         record = _parse(line)
         if record is None:
             unreadable += bool(line.strip())
             continue
-        start = record.get("start")
+        start, step = record.get("start"), record["step"]
         if isinstance(start, int) and start < newest:
             continue
         if record["event"] == "start":
             newest = start if isinstance(start, int) else newest
-            kept = [r for r in kept if r["step"] <= record["step"] or r["event"] in PROCESS_EVENTS]
-        if record["event"] == "validation":
-            if record["step"] in validated:
-                kept = [r for r in kept if (r["event"], r["step"]) != ("validation", record["step"])]
-            validated.add(record["step"])
+            if step < furthest:  # of a job that was started 300 times most starts take nothing back
+                kept = [r for r in kept if r["step"] <= step or r["event"] in PROCESS_EVENTS]
+                furthest = step
+        if look := _look(record):
+            if look in looks:
+                kept = [r for r in kept if _look(r) != look]
+            looks.add(look)
+        furthest = max(furthest, step)
         kept.append(record)
     if unreadable:
         logging.getLogger(__name__).warning("%s: %d unreadable lines are left out", path, unreadable)
     return kept
+
+
+def _look(record: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What the training looks at once a step: its validation, or its evaluation of a split."""
+    event, where = record["event"], record.get("where")
+    if event == "validation" or (event == "evaluation" and where == "training"):
+        return event, record["step"], record.get("split")
+    return None
 
 
 def newest_start(path: str | Path) -> int:

@@ -38,7 +38,7 @@ def initial_model(
     if source is None and config.train.init_from:
         source = resolve_checkpoint(config.train.init_from)[1]
     model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
-    _refuse_uneven_crop(model, config)
+    refuse_uneven_crop(model, config)
     if source is None:
         return model, []
     # A resumed run goes on with what was trained; another run's average is the better start where it has one.
@@ -49,7 +49,7 @@ def initial_model(
     return model, []
 
 
-def _refuse_uneven_crop(model: nn.Module, config: Config) -> None:
+def refuse_uneven_crop(model: nn.Module, config: Config) -> None:
     """The loss spreads the model's cells over the crop: a last cell that reaches beyond it would shift all masks."""
     stride: Any = model.stride
     if any(side % stride for side in config.data.crop):

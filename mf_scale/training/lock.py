@@ -29,6 +29,7 @@ _NEXT = ".lock.next"
 """The file that replaces `.lock`: who has it locked is the one that may look and take over."""
 _TURN_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+_GLANCE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ def _take_turn(run: RunDir) -> tuple[Path, int, list[str]]:
             time.sleep(_POLL_SECONDS)
 
 
+def _is_held(handle: int) -> bool:
+    """Whether another process holds the lock on; False where there are no locks: the newest start has it then."""
+    deadline = time.monotonic() + _GLANCE_SECONDS
+    while (free := _try_lock(handle)) is False and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)  # mf-scale doctor, which looks whether it is held, holds it for an instant
+    return free is False
+
+
 def _try_lock(handle: int) -> bool | None:
     """True: locked now; False: another process has it locked; None: the file system has no locks."""
     try:
@@ -143,7 +152,7 @@ def _numbered(run: RunDir, mine: Holder, before: Holder | None) -> Holder:
 
 def _may_follow(run: RunDir, handle: int, holder: Holder | None, mine: Holder) -> list[str]:
     """A note where the lock is taken over from one that holds it still; UserError where it must not be."""
-    if _try_lock(handle) is not False:  # where there are no locks, the newest start has it
+    if not _is_held(handle):
         return []
     if holder is not None and holder.is_older(mine):
         return [f"the run was taken over from an older start of this job ({holder}, pid {holder.pid}), which is fenced"]

@@ -51,7 +51,7 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     if validation is not None:
         _check_validation(validation, vocabulary)
     _refuse_missing_ranks(config, world)
-    _refuse_foreign(run)
+    refuse_foreign(run)
     taken = take_lock(run, lock)
     with disk_errors(run.path):
         swept = sweep(run, taken.fence)
@@ -65,13 +65,13 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
         )
     source = None
     if checkpoint is not None:
-        _check_same_vocabulary(
+        check_same_vocabulary(
             checkpoint, vocabulary, f"start a new run_dir with train.init_from={run.path} --reinit-head."
         )
     elif config.train.init_from:
         source = resolve_checkpoint(config.train.init_from)[1]
         if not config.train.reinit_head:
-            _check_same_vocabulary(source, vocabulary, "add --reinit-head, which takes all but its class head.")
+            check_same_vocabulary(source, vocabulary, "add --reinit-head, which takes all but its class head.")
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "init_from": str(source) if source else None,
@@ -127,7 +127,7 @@ def _sees(fence: Fence) -> bool:
         return False
 
 
-def _refuse_foreign(run: RunDir) -> None:
+def refuse_foreign(run: RunDir) -> None:
     """A folder that holds somebody else's configuration or checkpoints is not overwritten."""
     ours = run.metrics.exists() or (run.path / LOCK).exists() or committed_checkpoints(run)
     if not ours and (run.config.exists() or run.checkpoints.exists()):
@@ -196,7 +196,7 @@ def segment_counts(index: Index, task: str) -> np.ndarray:
     return segments - (before[offsets[1:]] - before[offsets[:-1]])
 
 
-def _check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) -> None:
+def check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) -> None:
     saved = Vocabulary.load(source / VOCABULARY)
     if saved.digest != vocabulary.digest:
         changed = [a for a, b in zip(saved.names, vocabulary.names, strict=False) if a != b]

@@ -156,6 +156,7 @@ def task(environment: dict[str, str], number: int, words: list[str], **more: str
     )  # fmt: skip
 
 
+@pytest.mark.soak
 def test_an_array_out_of_time_is_requeued_and_goes_on(
     run: str, listed: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

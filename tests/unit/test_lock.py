@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +121,15 @@ def test_another_process_is_named_by_pid_and_host_and_job(
     with pytest.raises(UserError, match=r"pid and host"):
         take(tmp_path, [])  # a job does not take it over from somebody outside
     assert (tmp_path / LOCK).read_bytes() == before and [f.name for f in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_glance_at_the_lock_is_no_training(tmp_path: Path, held: list[int]) -> None:
+    take(tmp_path, held)
+    let_go(held)
+    glance = os.open(tmp_path / LOCK, os.O_RDONLY)  # as mf-scale doctor looks whether somebody trains here
+    fcntl.flock(glance, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, (glance,)).start()
+    assert take(tmp_path, held).start == 2
 
 
 def test_an_older_start_of_the_same_job_is_taken_over_from_and_fenced(

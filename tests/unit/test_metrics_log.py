@@ -51,6 +51,26 @@ def test_replayed_steps_supersede_the_old_ones(tmp_path: Path) -> None:
     assert [r["step"] for r in read_metrics(log.path) if r["event"] == "save"] == [10, 20]
 
 
+def test_a_look_that_was_made_again_supersedes_the_first_one_of_its_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for start, loss in ((1, 1.0), (2, 2.0)):
+        log.write("start", 10, start_number=start)
+        log.write("validation", 10, loss=loss)
+        log.write("evaluation", 10, where="training", split="val", mIoU=loss)
+        log.write("evaluation", 10, where="command", split="val", mIoU=loss)
+    looks = [
+        (r["event"], r.get("where"), r.get("loss") or r["mIoU"])
+        for r in read_metrics(log.path)
+        if r["event"] != "start"
+    ]
+    assert [look for look in looks if look[0] == "validation"] == [("validation", None, 2.0)]
+    assert [look[1:] for look in looks if look[0] == "evaluation"] == [
+        ("command", 1.0),
+        ("training", 2.0),
+        ("command", 2.0),
+    ]
+
+
 def test_several_rollbacks_leave_one_monotone_series_and_every_start(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for resumed_at, loss in ((0, 0.0), (40, 1.0), (10, 2.0)):
