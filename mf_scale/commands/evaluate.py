@@ -10,7 +10,7 @@ from mf_scale.commands.arguments import OVERRIDES, add_command, add_processes, w
 
 def add(commands: Any) -> None:
     """Its arguments."""
-    command = add_command(commands, "evaluate", "mIoU and PQ of a run or checkpoint", _run)
+    command = add_command(commands, "evaluate", "mIoU, PQ and mask AP of a run or checkpoint", _run)
     command.add_argument("run", metavar="RUN", help="run directory or checkpoint folder")
     command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     command.add_argument("--split", choices=("val", "train"), default="val", help="which source (default: val)")

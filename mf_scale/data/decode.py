@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -34,6 +35,16 @@ UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.De
 
 
 @dataclass(frozen=True)
+class Federated:
+    """Of an image of which only some classes were looked for (LVIS): what is known beyond its segments."""
+
+    negative: np.ndarray
+    """int64: classes that were looked for and are not there."""
+    not_exhaustive: np.ndarray
+    """int64: classes of which not every instance is marked."""
+
+
+@dataclass(frozen=True)
 class StoredSample:
     """A decoded sample with its map in disk values."""
 
@@ -48,6 +59,8 @@ class StoredSample:
     """int64 [T]."""
     crowd: np.ndarray
     """bool [T]."""
+    federated: Federated | None = None
+    """None: every class of the vocabulary was looked for."""
 
 
 def none_value(dtype: np.dtype) -> int:
@@ -90,7 +103,21 @@ def decode_sample(raw: RawSample, num_classes: int, max_pixels: int, table: np.n
         raise BadSample(f"its json lists {known} segments, a map of {stored.itemsize * 8} bits holds {most} at most")
     if known < none and (stored - stored.dtype.type(known)).min() < none - known:  # indices below `known` wrap around
         raise BadSample(f"its map holds a segment that its json does not list ({len(listed)} segments)")
-    return StoredSample(raw.key, image, stored, listed[:, 0], listed[:, 1], listed[:, 2].astype(bool))
+    federated = _federated(raw.meta.get("federated"), num_classes)
+    return StoredSample(raw.key, image, stored, listed[:, 0], listed[:, 1], listed[:, 2].astype(bool), federated)
+
+
+def _federated(said: Any, num_classes: int) -> Federated | None:
+    if said is None:
+        return None
+    try:
+        lists = [np.array([int(k) for k in said[name]], np.int64) for name in ("negative", "not_exhaustive")]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadSample(f"its lists of classes looked for are malformed: {type(error).__name__} {error}") from error
+    for labels in lists:
+        if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise BadSample(f"its lists of classes looked for leave the vocabulary of {num_classes} classes")
+    return Federated(*lists)
 
 
 def _decode_labelled(raw: RawSample, max_pixels: int, table: np.ndarray) -> StoredSample:

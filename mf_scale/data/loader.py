@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mf_scale.config.schema import DataConfig
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import blank_sample, collate, join
+from mf_scale.data.decode import Federated
 from mf_scale.data.index import Index
 from mf_scale.data.order import SampleOrder, Stream, positions, rank_lanes, worker_share
 from mf_scale.data.places import Note, Places
@@ -52,6 +53,8 @@ class EvalSample:
     """bool [T]."""
     weight: int
     """1, or 0 for a repeat that only keeps the ranks in step."""
+    federated: Federated | None = None
+    """What was looked for in the image; None: every class."""
 
 
 @dataclass(frozen=True)
@@ -223,31 +226,41 @@ def loss_batches(index: Index, config: DataConfig, *, count: int, batch: int, ra
     return _ahead(make, [places[i : i + batch] for i in range(0, len(places), batch)])
 
 
-def eval_samples(index: Index, config: DataConfig, *, rank: int, world: int) -> Iterator[EvalSample]:
+def eval_samples(
+    index: Index, config: DataConfig, *, rank: int, world: int, samples: int = 0
+) -> Generator[EvalSample, None, None]:
     """Samples rank, rank + world, … whole; every rank yields as many, the last round padded with weight 0.
 
-    Raises UserError for a sample that does not decode: an evaluation that leaves one out is another evaluation.
+    `samples`: the first ones of the source only (0: all). Raises UserError for a sample that does not decode: an
+    evaluation that leaves one out is another evaluation.
     """
+    count = min(samples or index.samples, index.samples)
+    return eval_samples_at(index, config, range(rank, -(-count // world) * world, world), count)
+
+
+def eval_samples_at(
+    index: Index, config: DataConfig, places: Sequence[int], count: int
+) -> Generator[EvalSample, None, None]:
+    """The samples at these places of the source's first `count`; one beyond comes again from the start, weight 0."""
     reader = make_reader(index, config)
     rules = TargetRules(config.task, np.array(index.vocabulary.things), crowd="keep", unlabelled="none")
 
     def make(place: int) -> EvalSample:
         try:
-            stored = reader.load_exact(place % index.samples)
+            stored = reader.load_exact(place % count)
         except BadSample as bad:
-            record = index.sample(place % index.samples)
+            record = index.sample(place % count)
             raise UserError(
                 f"sample {record.key} does not decode: {bad}",
                 where=f"{index.source}, {record.shard} at byte {record.offset}",
                 remedy="Pack the source again; `python -m data_tools verify` lists all such samples.",
             ) from bad
         made = make_targets(stored.stored_map, stored, rules)
-        weight = int(place < index.samples)
-        return EvalSample(
-            stored.key, stored.image, made.segment_map, made.labels, made.segment_layer, made.crowd, weight
-        )
+        weight = int(place < count)
+        found = made.segment_map, made.labels, made.segment_layer, made.crowd
+        return EvalSample(stored.key, stored.image, *found, weight, stored.federated)
 
-    return _ahead(make, range(rank, -(-index.samples // world) * world, world))
+    return _ahead(make, places)
 
 
 def _ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:

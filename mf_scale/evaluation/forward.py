@@ -1,4 +1,4 @@
-"""One image through the model: resized for inference, predicted, with the geometry to bring the answer back.
+"""One image through the model: its views predicted, and the answer to each task at the image's own size.
 
 Shapes: H W the image's own size.
 """
@@ -14,32 +14,45 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mf_scale.config.schema import Config
-from mf_scale.data.transforms import Window, resize_part
 from mf_scale.errors import UserError
+from mf_scale.evaluation.averaging import averaged_semantic
 from mf_scale.evaluation.inference import Instances, Segments, instance, panoptic, semantic
 from mf_scale.evaluation.per_pixel import per_pixel_semantic
+from mf_scale.evaluation.views import View, inference_size, predicted_views
 from mf_scale.models.outputs import MaskPrediction, PixelPrediction
-from mf_scale.models.prepare import SMALLEST_SIDE
+
+__all__ = ["Answer", "answer", "inference_size"]
 
 
 @dataclass(frozen=True)
 class Answer:
     """What a model says about one image."""
 
-    prediction: MaskPrediction | PixelPrediction
+    scales: tuple[tuple[View, ...], ...]
+    """The views by scale: one in all unless eval.scales, eval.flip or eval.window ask for more."""
     size: tuple[int, int]
     """H, W."""
-    extent: tuple[float, float]
-    """Cells of the prediction grid that hold the image."""
+
+    @property
+    def prediction(self) -> MaskPrediction | PixelPrediction:
+        """Of the first view."""
+        return self.scales[0][0].prediction
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Cells of the first view's grid that hold the image."""
+        return self.scales[0][0].extent
 
     def semantic(self) -> NDArray[np.int64]:
-        """Class of every pixel [H,W]."""
+        """Class of every pixel [H,W]; of several views the class with the largest mean score."""
+        if self._several():
+            return averaged_semantic(self.scales, self.size).cpu().numpy()
         if isinstance(self.prediction, PixelPrediction):
             return per_pixel_semantic(self.prediction, self.size, extent=self.extent)[0].cpu().numpy()
         return semantic(self.prediction, self.size, extent=self.extent)[0].cpu().numpy()
 
     def panoptic(self, things: list[bool], config: Config) -> tuple[NDArray[np.int32], Segments]:
-        """Segment map [H,W], -1 for void, and its segments."""
+        """Segment map [H,W], -1 for void, and its segments; UserError for several views."""
         limits = config.eval.object_threshold, config.eval.overlap_threshold
         segment_map, segments = panoptic(
             self._masks(),
@@ -52,7 +65,7 @@ class Answer:
         return segment_map.cpu().numpy(), segments
 
     def instance(self, things: list[bool], config: Config) -> Instances:
-        """Instances of the thing classes, best first."""
+        """Instances of the thing classes, best first; UserError for several views."""
         limits = config.eval.instance_top_k, config.eval.instance_threshold
         return instance(
             self._masks(),
@@ -63,6 +76,9 @@ class Answer:
             extent=self.extent,
         )[0]
 
+    def _several(self) -> bool:
+        return len(self.scales) > 1 or len(self.scales[0]) > 1 or self.scales[0][0].part is not None
+
     def _masks(self) -> MaskPrediction:
         if isinstance(self.prediction, PixelPrediction):
             raise UserError(
@@ -70,31 +86,21 @@ class Answer:
                 where="model.kind",
                 remedy="Use --task semantic.",
             )
+        if self._several():
+            # Query 7 of one view and query 7 of another are different segments: there is nothing to average.
+            raise UserError(
+                "segments of several views (eval.scales, eval.flip, eval.window) cannot be averaged",
+                where="eval",
+                remedy="Use one scale, no flip and no window, or --task semantic.",
+            )
         return self.prediction
 
 
 @torch.inference_mode()
 def answer(model: nn.Module, image: NDArray[Any], config: Config) -> Answer:
-    """Predict one uint8 image [H,W,3] with a model in eval mode; bf16 where the configuration says, on CUDA only."""
-    height, width = image.shape[:2]
-    resized = inference_size(height, width, config.eval.short_side, config.eval.max_side)
-    pixels = _wide_enough(resize_part(image, Window(0, 0, height, width, *resized)))
-    device = next(model.parameters()).device
-    batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
-    half = config.train.precision == "bf16" and device.type == "cuda"
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        prediction = model(batch)
-    stride = float(model.stride)  # type: ignore[arg-type]  # every kind of model has it
-    return Answer(prediction, (height, width), (resized[0] / stride, resized[1] / stride))
+    """Predict one uint8 image [H,W,3] with a model in eval mode; bf16 where the configuration says, on CUDA only.
 
-
-def _wide_enough(pixels: NDArray[Any]) -> NDArray[Any]:
-    """A strip thinner than the model takes, widened below and right by its own edge; `Answer.extent` leaves it out."""
-    missing = [(0, max(0, SMALLEST_SIDE - side)) for side in pixels.shape[:2]]
-    return np.pad(pixels, (*missing, (0, 0)), mode="edge")
-
-
-def inference_size(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
-    """Height and width for inference: the shorter side becomes `short_side`, the longer at most `max_side`."""
-    scale = min(short_side / min(height, width), max_side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    semantic: scores of classes averaged over eval.scales, mirror images (eval.flip) and windows (eval.window).
+    panoptic, instance: one view, whole; a single other scale is a view too.
+    """
+    return Answer(predicted_views(model, image, config), (image.shape[0], image.shape[1]))

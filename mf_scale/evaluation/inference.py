@@ -42,8 +42,11 @@ class Instances:
 
     def mask(self, i: int) -> NDArray[np.bool_]:
         """The mask of instance `i`, [H,W]."""
-        rows = self.masks[int(self.mask_of[i])].cpu().numpy()
-        return np.unpackbits(rows, axis=-1, count=self.size[1]).astype(bool)
+        return self.row(int(self.mask_of[i]))
+
+    def row(self, row: int) -> NDArray[np.bool_]:
+        """The mask in this row of `masks`, [H,W]."""
+        return np.unpackbits(self.masks[row].cpu().numpy(), axis=-1, count=self.size[1]).astype(bool)
 
 
 def semantic(

@@ -22,6 +22,16 @@ Extent = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
+class Part:
+    """The part of the result that a grid covers, where the grid holds a window of the image only."""
+
+    rows: slice
+    columns: slice
+    offset: tuple[float, float]
+    """Cells of the whole image's grid above, and left of, this grid."""
+
+
+@dataclass(frozen=True)
 class FactoredMasks:
     """The masks of one image, still a product, and the size they are wanted in."""
 
@@ -32,36 +42,54 @@ class FactoredMasks:
     size: tuple[int, int]
     """H, W."""
     extent: Extent
+    part: Part | None = None
+    """None: all of the result. Else `extent` is that of the whole image all the same."""
 
     def bands(self, band: int) -> Iterator[tuple[slice, Tensor]]:
         """Mask logits at the wanted size, `band` rows at a time: (rows, fp32 [N,r,W])."""
+        rows_at = self.resized()
+        for rows in bands(self.size[0], band):
+            yield rows, rows_at(rows)
+
+    def resized(self) -> Callable[[slice], Tensor]:
+        """A function that gives the mask logits of a range of result rows, fp32 [N,r,W] (W: the part's columns)."""
         embeddings, pixels = self.embeddings.float(), self.pixels.float()
 
         def product(first: int, last: int) -> Tensor:
             return torch.einsum("qc,chw->qhw", embeddings, pixels[:, first:last])
 
-        yield from resized_bands(product, pixels, self.size, self.extent, band)
+        return resized_rows(product, pixels, self.size, self.extent, self.part)
 
 
-def resized_bands(
-    rows_of: Callable[[int, int], Tensor], grid: Tensor, size: tuple[int, int], extent: Extent, band: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Bilinearly resized maps, `band` result rows at a time: (rows, [N,r,W]).
+def bands(height: int, band: int) -> Iterator[slice]:
+    """Rows 0..height, `band` at a time."""
+    for start in range(0, height, band):
+        yield slice(start, min(start + band, height))
+
+
+def resized_rows(
+    rows_of: Callable[[int, int], Tensor], grid: Tensor, size: tuple[int, int], extent: Extent, part: Part | None
+) -> Callable[[slice], Tensor]:
+    """A function from result rows to bilinearly resized maps of them, [N,r,W].
 
     `rows_of(first, last)` gives these rows of the maps, fp32 [N,last-first,w]; `grid` [...,h,w] says their size and
     device. Pixel centres lie at halves (align_corners=False).
     """
     cells = grid.shape[-2:]
     high, wide = extent or (float(cells[0]), float(cells[1]))
-    top, bottom, down = _bilinear(size[0], cells[0], high, grid.device)
-    left, right, across = _bilinear(size[1], cells[1], wide, grid.device)
+    above, before = part.offset if part else (0.0, 0.0)
+    columns = part.columns if part else slice(0, size[1])
+    top, bottom, down = _bilinear(size[0], cells[0], high, above, grid.device)
+    left, right, across = (values[columns] for values in _bilinear(size[1], cells[1], wide, before, grid.device))
     first_cell, last_cell = top.tolist(), bottom.tolist()
-    for start in range(0, size[0], band):
-        rows = slice(start, min(start + band, size[0]))
-        first, last = first_cell[start], last_cell[rows.stop - 1]
+
+    def rows_at(rows: slice) -> Tensor:
+        first, last = first_cell[rows.start], last_cell[rows.stop - 1]
         coarse = rows_of(first, last + 1)
         coarse = torch.lerp(coarse[..., left], coarse[..., right], across)
-        yield rows, torch.lerp(coarse[:, top[rows] - first], coarse[:, bottom[rows] - first], down[rows, None])
+        return torch.lerp(coarse[:, top[rows] - first], coarse[:, bottom[rows] - first], down[rows, None])
+
+    return rows_at
 
 
 def mask_logit(threshold: float) -> float:
@@ -78,12 +106,15 @@ def packed(masks: Tensor) -> Tensor:
     return (bits * place).sum(-1, dtype=torch.uint8)
 
 
-def _bilinear(size: int, cells: int, extent: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower cell, upper cell and weight of the upper one for each of `size` pixels spread over `extent` of the cells.
+def _bilinear(
+    size: int, cells: int, extent: float, offset: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower cell, upper cell and weight of the upper one for each of `size` pixels spread over `extent` cells.
 
-    Pixel centres at halves (align_corners=False), clamped to the grid.
+    The grid holds `cells` of them, from `offset` on. Pixel centres at halves (align_corners=False), clamped to the
+    grid.
     """
-    centre = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * (extent / size) - 0.5
+    centre = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * (extent / size) - 0.5 - offset
     centre = centre.clamp(0, cells - 1)
     lower = centre.floor()
     weight = (centre - lower).float()

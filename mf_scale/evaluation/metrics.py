@@ -6,9 +6,11 @@ undefined (no such class or segment in the ground truth).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +37,17 @@ class SemanticCounts:
         self.counts[0] += np.bincount(truth[truth == predicted], minlength=self.classes)
         self.counts[1] += np.bincount(predicted[named], minlength=self.classes)
         self.counts[2] += np.bincount(truth, minlength=self.classes)
+
+    def update_outlines(self, predicted: NDArray[Any], truth: NDArray[Any], ignore: int = -1) -> None:
+        """Add the bands along the outlines of one image's classes: with them alone IoU is boundary IoU.
+
+        Cheng et al. (CVPR 2021): intersection over union of the pixels within d of a mask's outline, inside it.
+        """
+        counted, near, found = truth != ignore, outlines(truth), outlines(predicted)
+        named = (predicted >= 0) & (predicted < self.classes)
+        same = truth == predicted
+        for row, of, which in ((0, truth, near & found & same), (1, predicted, found & named), (2, truth, near)):
+            self.counts[row] += np.bincount(of[which & counted].astype(np.int64), minlength=self.classes)
 
     def to_array(self) -> IntArray:
         """The counts [3,K]; they may be summed over ranks."""
@@ -66,10 +79,13 @@ class SemanticCounts:
 
 
 class PanopticCounts:
-    """Matched IoU, true positives, false positives and false negatives of each class (Kirillov et al., CVPR 2019)."""
+    """Matched IoU, true positives, false positives and false negatives of each class (Kirillov et al., CVPR 2019).
 
-    def __init__(self, classes: int, things: Sequence[bool]) -> None:
-        self.things = np.asarray(things, dtype=bool)
+    With `boundary` the IoU of a pair is the smaller of mask IoU and boundary IoU (Cheng et al., CVPR 2021).
+    """
+
+    def __init__(self, classes: int, things: Sequence[bool], *, boundary: bool = False) -> None:
+        self.things, self.boundary = np.asarray(things, dtype=bool), boundary
         if len(self.things) != classes:
             raise ValueError(f"{len(self.things)} thing flags for {classes} classes")
         self.counts: IntArray = np.zeros((4, classes), dtype=np.int64)
@@ -90,12 +106,14 @@ class PanopticCounts:
         """
         predicted_labels, truth_labels = np.asarray(predicted_labels, np.int64), np.asarray(truth_labels, np.int64)
         crowd = np.asarray(crowd, dtype=bool)
-        overlap = _overlap(predicted_map, len(predicted_labels), truth_map, len(truth_labels))  # [P+1,T+1]
-        predicted_area, truth_area = overlap.sum(1)[:-1], overlap.sum(0)[:-1]
-        void, overlap = overlap[:-1, -1], overlap[:-1, :-1]
+        shared = _overlap(predicted_map, len(predicted_labels), truth_map, len(truth_labels))  # [P+1,T+1]
+        predicted_area, truth_area = shared.sum(1)[:-1], shared.sum(0)[:-1]
+        void, overlap = shared[:-1, -1], shared[:-1, :-1]
         same = predicted_labels[:, None] == truth_labels[None]  # [P,T]
-        union = predicted_area[:, None] - void[:, None] + truth_area[None] - overlap
-        iou = np.where(same & ~crowd[None], overlap / np.maximum(union, 1), 0.0)
+        iou = _iou(shared, void)
+        if self.boundary:
+            iou = np.minimum(iou, _boundary_iou(predicted_map, len(predicted_labels), truth_map, len(truth_labels)))
+        iou = np.where(same & ~crowd[None], iou, 0.0)
         hits = iou > 0.5  # at most one a row and a column
         excused = void + (overlap * (same & crowd[None])).sum(1)
         wrong = ~hits.any(1) & (predicted_area > 0) & ~(excused > 0.5 * predicted_area)
@@ -145,6 +163,33 @@ def _overlap(predicted: NDArray[Any], predictions: int, truth: NDArray[Any], seg
     columns = np.where(truth < 0, segments, truth).astype(np.int64)
     pairs = np.bincount((rows * (segments + 1) + columns).ravel(), minlength=(predictions + 1) * (segments + 1))
     return pairs.reshape(predictions + 1, segments + 1)
+
+
+def _iou(shared: IntArray, void: IntArray) -> NDArray[np.float64]:
+    """IoU of each pair [P,T] from shared pixels [P+1,T+1]; `void` [P]: pixels of predictions not in the union."""
+    overlap = shared[:-1, :-1]
+    union = (shared.sum(1)[:-1] - void)[:, None] + shared.sum(0)[None, :-1] - overlap
+    return overlap / np.maximum(union, 1)
+
+
+def _boundary_iou(predicted: NDArray[Any], predictions: int, truth: NDArray[Any], segments: int) -> NDArray[np.float64]:
+    """Boundary IoU of each predicted and each true segment [P,T], void pixels left out of the union."""
+    found, near = outlines(predicted), outlines(truth)
+    shared = _overlap(np.where(found, predicted, -1), predictions, np.where(near, truth, -1), segments)
+    in_void = np.bincount(predicted[found & (predicted >= 0) & (truth < 0)], minlength=predictions)
+    return _iou(shared, in_void)
+
+
+def outlines(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Pixels of a map [H,W] with another value, or the outside, within 2% of the diagonal (rounded; 1 at least).
+
+    Along rows and columns, as erosions by 3x3 measure it: the inner band that boundary IoU takes of every mask.
+    """
+    reach = max(1, round(0.02 * math.hypot(*values.shape)))
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), dtype=np.uint8)
+    padded = np.pad(values.astype(np.float32), reach, constant_values=-1e9)
+    inside = (slice(reach, -reach), slice(reach, -reach))
+    return (cv2.dilate(padded, kernel) != cv2.erode(padded, kernel))[inside]
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mf_scale.distributed import comm
+from mf_scale.evaluation.looking import Shown
 from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
 from mf_scale.tracking.metrics import MetricsLog
-from mf_scale.tracking.pictures import Picture, write_png
+from mf_scale.tracking.pictures import write_class_map, write_png
 
 _SEMANTIC_COLUMNS = {"mIoU": "mIoU", "pixel_accuracy": "pixel acc.", "mean_accuracy": "mean acc."}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One sample in pictures, on the rank that evaluated it."""
-
-    position: int
-    key: str
-    views: list[tuple[str, Picture]]
+_INSTANCE_COLUMNS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 
 
 @dataclass(frozen=True)
@@ -40,30 +34,57 @@ def make_room(run: RunDir, split: str) -> None:
             old.unlink()
 
 
-def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
-    """Write RUN/report/evaluation-SPLIT.json, its pictures and the `evaluation` event; called by all ranks."""
+def write_evaluation(
+    run: RunDir, evaluation: Evaluation, *, step: int, write: Callable[[Path, str], None] = write_atomically
+) -> dict[str, Any]:
+    """Write RUN/report/evaluation-SPLIT.json and its pictures; what stands in it. Called by all ranks.
+
+    `write` puts the text into the file, whole or not at all.
+    """
     split = evaluation.results["split"]
     mine = []
     for shown in evaluation.pictures:
         files = []
         for title, picture in shown.views:
-            name = f"{split}-{shown.position:02d}-{title.replace(', ', '-').replace(' ', '-')}.png"
+            name = f"{split}-{shown.choice.position:02d}-{title.replace(', ', '-').replace(' ', '-')}.png"
             write_png(run.report / name, picture)
-            files.append({"title": title, "file": name})
-        mine.append({"position": shown.position, "key": shown.key, "views": files})
+            view = {"title": title, "file": name}
+            if title in shown.maps:
+                view["classes"] = f"{name.removesuffix('.png')}-classes.png"
+                write_class_map(run.report / view["classes"], shown.maps[title])
+            files.append(view)
+        mine.append({**asdict(shown.choice), "key": shown.key, "views": files})
     gathered = comm.gather_objects(mine)
 
-    def write() -> None:
-        pictures = sorted((p for part in gathered or [] for p in part), key=lambda p: p["position"])
+    def put() -> dict[str, Any]:
+        pictures = sorted((p for part in gathered or [] for p in part), key=_picture_order)
         results = {"step": step, **evaluation.results, "pictures": pictures}
         run.report.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.report / f"evaluation-{split}.json", json.dumps(results, indent=1))
+        write(run.report / f"evaluation-{split}.json", json.dumps(results, indent=1))
+        return results
+
+    return dict(comm.on_first_rank(put))
+
+
+def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
+    """The same, and the `evaluation` event, for an evaluation that no training is around."""
+    results = write_evaluation(run, evaluation, step=step)
+
+    def write() -> None:
         log = MetricsLog(run.metrics)
-        numbers = {name: results[name] for name in ("split", "samples", "mIoU", "PQ", "images_per_second")}
-        log.write("evaluation", step, **numbers)
+        log.write("evaluation", step, **event_numbers(results), where="command")
         log.close()
 
     comm.on_first_rank(write)
+
+
+def event_numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """What the `evaluation` event says of results."""
+    return {name: results[name] for name in ("split", "samples", "mIoU", "PQ", "AP", "images_per_second")}
+
+
+def _picture_order(picture: dict[str, Any]) -> tuple[int, int]:
+    return ("first", "best", "median", "worst").index(picture["why"]), picture["position"]
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
@@ -89,6 +110,9 @@ def _cells(results: dict[str, Any]) -> dict[str, str]:
     if "panoptic" in results:
         cells |= {name: _percent(results["panoptic"]["all"][name]) for name in ("PQ", "SQ", "RQ")}
         cells |= {f"PQ {group}": _percent(results["panoptic"][group]["PQ"]) for group in ("things", "stuff")}
+    if "instances" in results:
+        numbers = {name: results["instances"][name] for name in _INSTANCE_COLUMNS if name in results["instances"]}
+        cells |= {name: _percent(value) for name, value in numbers.items()}
     return cells | {"images/s": f"{results['images_per_second']:.2f}"}
 
 

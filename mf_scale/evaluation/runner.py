@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from mf_scale.config.schema import Config
-from mf_scale.data.batch import NONE
 from mf_scale.data.cache import cache_settings
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.loader import EvalSample, eval_samples
@@ -24,25 +21,18 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.distributed.same_program import refuse_mixture
 from mf_scale.errors import UserError
-from mf_scale.evaluation.forward import Answer, answer
+from mf_scale.evaluation.counting import PICTURE_SCORES, start_counts
+from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
-from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts
-from mf_scale.evaluation.results import Evaluation, Shown, make_room, results_table, save_evaluation
+from mf_scale.evaluation.looking import choose, look, summed_scores
+from mf_scale.evaluation.results import Evaluation, make_room, results_table, save_evaluation
+from mf_scale.evaluation.turns import in_turns
 from mf_scale.rundir import MANIFEST, RunDir, resolve_checkpoint
-from mf_scale.tracking.pictures import Segmentation, draw_segments, plain
 
 PICTURES = 6
 """Samples shown in the report: the first of the split."""
 _PATIENCE = 1800.0
 """Seconds a rank waits for its peers: their shares of the images differ in size."""
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """The counts a task needs."""
-
-    semantic: SemanticCounts | None
-    panoptic: PanopticCounts | None
 
 
 def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: str) -> str:
@@ -58,6 +48,7 @@ def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: st
         if run is not None:
             comm.on_first_rank(lambda: make_room(run, split))
         evaluation = evaluate(loaded.model, index, loaded.config, world, split=split, pictures=PICTURES if run else 0)
+        assert evaluation is not None, "nothing can ask this evaluation to stop"
         if run is not None:
             save_evaluation(run, evaluation, step=loaded.step)
     return results_table([evaluation.results])
@@ -83,90 +74,50 @@ def evaluate(
     split: str,
     pictures: int = 0,
     progress: bool = True,
-) -> Evaluation:
+    samples: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Evaluate on all ranks at the images' original size; every rank returns the same results.
 
-    semantic: mIoU; panoptic: mIoU and PQ; instance: PQ (stuff is void, so its predictions count as wrong only where
-    things are). `pictures`: samples to draw, the first of the source. The model's mode is restored.
+    `samples`: the first ones of the source only (0: all). With `stop` the ranks agree before every turn of images, over
+    the CPU, whether one of them was asked to stop; then all return None.
+
+    semantic: mIoU; panoptic: mIoU, PQ and mask AP of the things; instance: mask AP, and PQ (stuff is void, so its
+    predictions count as wrong only where things are). `pictures`: samples to draw, the first of the source and half as
+    many of the best, the median and the worst. The model's mode is restored.
     """
     vocabulary, task = index.vocabulary, config.data.task
-    classes, things = len(vocabulary), vocabulary.things
-    counts = _Counts(
-        SemanticCounts(classes) if task != "instance" else None,
-        PanopticCounts(classes, things) if task != "semantic" else None,
-    )
-    shown: list[Shown] = []
+    count = min(samples or index.samples, index.samples)
     start, was_training = time.monotonic(), model.training
+    with ExitStack() as stack:
+        counts = start_counts(vocabulary, config, stack)
+        scores: list[tuple[int, float | None]] = []
 
-    def count_own() -> None:
-        samples = eval_samples(index, config.data, rank=world.rank, world=world.size)
-        with _progress_bar(index.samples, split, progress and world.first) as bar:
-            for turn, sample in enumerate(samples):
+        def count_one(turn: int, sample: EvalSample) -> None:
+            said = answer(model, sample.image, config)
+            if sample.weight:
                 position = turn * world.size + world.rank
-                bar.update(min(world.size, index.samples - bar.n))
-                said = answer(model, sample.image, config)
-                if not sample.weight:
-                    continue
-                views = _count(counts, sample, said, config, things)
-                if position < pictures:
-                    drawn = [(title, draw_segments(sample.image, s, vocabulary.names)) for title, s in views]
-                    shown.append(Shown(position, sample.key, [("image", plain(sample.image)), *drawn]))
+                score = counts.add(position, sample, said, scored=pictures > 0)
+                if pictures:
+                    scores.append((position, score))
 
-    model.eval()
-    try:
-        comm.together(count_own)
-    finally:
-        model.train(was_training)
-    results = {"split": split, "task": task, "samples": index.samples, **_summed(counts, things)}
-    results["images_per_second"] = round(index.samples / (time.monotonic() - start), 3)
-    results |= {"class_names": vocabulary.names, "things": things}
+        def count_own() -> bool:
+            own = eval_samples(index, config.data, rank=world.rank, world=world.size, samples=count)
+            with _progress_bar(count, split, progress and world.first) as bar, closing(own):
+                return in_turns(own, count_one, stop, lambda: bar.update(min(world.size, count - bar.n)))
+
+        model.eval()
+        stack.callback(model.train, was_training)
+        numbers = counts.results(stop) if comm.together(count_own) else None
+        if numbers is None:
+            return None
+        seconds = time.monotonic() - start
+        choices = choose(summed_scores(scores, count), pictures) if pictures else []
+        shown = comm.together(lambda: look(model, index, config, world, choices, count))
+    results = {"split": split, "task": task, "samples": count, **numbers}
+    results |= {"images_per_second": round(count / seconds, 3), "picture_score": PICTURE_SCORES[task]}
+    results |= {"class_names": vocabulary.names, "things": vocabulary.things}
     return Evaluation(comm.broadcast_object(results), shown)
-
-
-def flat_map(segment_map: NDArray[Any]) -> NDArray[Any]:
-    """[L,H,W] -> [H,W]: where instances overlap, the lowest layer is what shows (PQ knows no overlap)."""
-    flat = segment_map[0].copy()
-    for layer in segment_map[1:]:
-        np.copyto(flat, layer, where=(flat == NONE) & (layer >= 0))
-    return flat
-
-
-def class_map(flat: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Class of every pixel of a flat map, -1 where there is no segment."""
-    return np.append(labels, -1)[np.maximum(flat, -1)]
-
-
-def _count(
-    counts: _Counts, sample: EvalSample, said: Answer, config: Config, things: list[bool]
-) -> list[tuple[str, Segmentation]]:
-    """Add one sample; the ground truth and the predictions, to be drawn."""
-    flat = flat_map(sample.segment_map)
-    views = [("ground truth", Segmentation(flat, sample.labels))]
-    both = counts.semantic is not None and counts.panoptic is not None
-    if counts.semantic is not None:
-        classes = said.semantic()
-        counts.semantic.update(classes, class_map(flat, sample.labels))
-        segmentation = Segmentation(classes, np.arange(counts.semantic.classes))
-        views.append(("prediction, semantic" if both else "prediction", segmentation))
-    if counts.panoptic is not None:
-        segment_map, segments = said.panoptic(things, config)
-        labels = np.array([s["label"] for s in segments], dtype=np.int64)
-        counts.panoptic.update(segment_map, labels, flat, sample.labels, sample.crowd)
-        views.append(("prediction, panoptic" if both else "prediction", Segmentation(segment_map, labels)))
-    return views
-
-
-def _summed(counts: _Counts, things: list[bool]) -> dict[str, Any]:
-    """Results of the counts of all ranks; mIoU and PQ, the two that are quoted, on top (None: not of this task)."""
-    results: dict[str, Any] = {"mIoU": None, "PQ": None}
-    if counts.semantic is not None:
-        semantic = SemanticCounts.from_array(comm.sum_array(counts.semantic.to_array())).results()
-        results |= {"mIoU": semantic["mIoU"], "semantic": semantic}
-    if counts.panoptic is not None:
-        panoptic = PanopticCounts.from_array(comm.sum_array(counts.panoptic.to_array()), things).results()
-        quoted = "things" if counts.semantic is None else "all"
-        results |= {"PQ": panoptic[quoted]["PQ"], "panoptic": panoptic}
-    return results
 
 
 def _open_source(loaded: LoadedModel, split: str) -> Index:

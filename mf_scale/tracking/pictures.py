@@ -129,6 +129,11 @@ def write_png(path: Path, picture: NDArray[Any]) -> None:
     write_bytes(path, cv2.imencode(".png", ready)[1].tobytes())
 
 
+def write_class_map(path: Path, classes: NDArray[Any]) -> None:
+    """Write the class of each pixel [H,W] (negative: none) as 16-bit PNG of class + 1."""
+    write_png(path, (np.maximum(classes, -1) + 1).astype(np.uint16))
+
+
 def read_png(path: Path) -> Picture:
     """A picture file as uint8 [H,W,3]; raises UserError where it is missing or damaged."""
     try:

@@ -121,7 +121,7 @@ def evaluation_overlays(
 ) -> tuple[list[Overlay], list[int]]:
     """A few pictures of an evaluation, of each kind in turn, with their masks, and the classes that these tell apart.
 
-    A view's "classes" names its class map (`write_class_map`). What cannot be read is left out.
+    A view's "classes" names its class map (`pictures.write_class_map`). What cannot be read is left out.
     """
     found: list[tuple[str, Path, dict[str, NDArray[np.int64]]]] = []
     for picture in _few(results.get("pictures") or []):
@@ -157,11 +157,6 @@ def _few(pictures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         turn = turns[why] = turns.get(why, -1) + 1
         keyed.append((turn, kinds.index(why) if why in kinds else len(kinds), place))
     return [pictures[place] for _, _, place in sorted(keyed)[:MOST_PICTURES]]
-
-
-def write_class_map(file: Path, classes: NDArray[Any]) -> None:
-    """Write the class of each pixel [h,w] (negative: none) as 16-bit PNG of class + 1."""
-    cv2.imwrite(str(file), (np.maximum(classes, -1) + 1).astype(np.uint16))
 
 
 def _fitted(shown: NDArray[np.int64], photo: Path) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mf_scale.bench.index_scale import write_index
+from mf_scale.bench.index_made import write_index
 from mf_scale.data.index import Index
 from mf_scale.data.loader import make_reader, train_steps
 from mf_scale.data.order import SampleOrder, positions

@@ -18,16 +18,26 @@ SCRIPT = Path(__file__).with_name("evaluate_ranks.py")
 
 @pytest.mark.integration
 def test_any_number_of_ranks_gives_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, the first samples of it, where one rank was asked to stop, and where one met a broken image."""
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[2]), prepend=":")
     source = painted_source(tmp_path).source
     results: dict[int, dict[str, Any]] = {}
     pictures: dict[int, dict[str, bytes]] = {}
+    parts: dict[int, dict[str, Any]] = {}
     for ranks in (1, 3):  # five samples: three ranks need a weight-0 repeat
         run = RunDir(tmp_path / f"run-{ranks}")
         run_ranks(SCRIPT, ranks, tmp_path, str(source), str(run.path))
         results[ranks] = json.loads((run.report / "evaluation-val.json").read_text())
         assert results[ranks].pop("images_per_second") > 0
         pictures[ranks] = {f.name: f.read_bytes() for f in run.report.glob("*.png")}
-        assert [r["event"] for r in read_metrics(run.metrics)] == ["evaluation"]
-    assert results[1] == results[3]
-    assert pictures[1] == pictures[3] and len(pictures[1]) == 12
+        parts[ranks] = json.loads((run.path / "part.json").read_text())
+        (event,) = read_metrics(run.metrics)
+        assert (event["event"], event["where"], event["AP"]) == ("evaluation", "command", results[ranks]["AP"])
+    assert results[1] == results[3] and parts[1] == parts[3]
+    assert pictures[1] == pictures[3] and len(pictures[1]) == 20
+    assert 0.5 < results[1]["instances"]["boundary"]["AP"] <= results[1]["AP"] < 1
+    assert results[1]["confusions"] and sorted(p["position"] for p in results[1]["pictures"]) == [0, 1, 2, 3, 4]
+    part = parts[1]["results"]
+    assert part["samples"] == 4 and part["mIoU"] != results[1]["mIoU"]
+    assert sum(part["semantic"]["per_class"]["pixels"]) < sum(results[1]["semantic"]["per_class"]["pixels"])
+    assert parts[1]["failure"] == "an image that nobody can read"

@@ -19,11 +19,24 @@ FLOOR = {
     "fingerprint",
     "config",
     "kernels",
+    "unify",
+    "user_cache",
     "models.outputs",
     "data.batch",
 }
 MIDDLE = {"data", "models", "matching", "losses", "distributed", "tracking"}
-ONE_FILE = ("deepspeed", "webdataset", "wandb", "xformers", "timm", "triton", "matplotlib", "jinja2", "omegaconf")
+ONE_FILE = (
+    "deepspeed",
+    "webdataset",
+    "wandb",
+    "xformers",
+    "timm",
+    "triton",
+    "matplotlib",
+    "jinja2",
+    "omegaconf",
+    "faster_coco_eval",
+)
 ALLOWED = {("losses", "matching")}
 """The only arrow between rooms of the middle."""
 

@@ -14,14 +14,24 @@ from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.index import Index
 from mf_scale.distributed.env import World
 from mf_scale.errors import UserError
+from mf_scale.evaluation.counting import class_map, flat_map
 from mf_scale.evaluation.forward import answer, inference_size
+from mf_scale.evaluation.looking import choose
 from mf_scale.evaluation.results import make_room, results_table, save_evaluation
-from mf_scale.evaluation.runner import class_map, evaluate, evaluate_run, flat_map
+from mf_scale.evaluation.runner import evaluate, evaluate_run
 from mf_scale.models.build import build_model
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.vocabulary import Vocabulary
-from tests.unit.painted import SIZES, VOCABULARY_4, ColorModel, painted_config, painted_source, write_checkpoint
+from tests.unit.painted import (
+    LAYOUTS,
+    SIZES,
+    VOCABULARY_4,
+    ColorModel,
+    painted_config,
+    painted_source,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +62,14 @@ def test_panoptic_counts_both_metrics(index: Index) -> None:
 
 def test_every_pixel_of_every_sample_is_counted_once(index: Index) -> None:
     counted = sum(_evaluate(index).results["semantic"]["per_class"]["pixels"])
-    quarters = [(h // 2, w // 2, h, w) for h, w in SIZES]
-    unlabelled = (quarters[1][2] - quarters[1][0]) * (quarters[1][3] - quarters[1][1])
-    unlabelled += (quarters[3][2] - quarters[3][0]) * quarters[3][1]
-    assert counted == sum(h * w for h, w in SIZES) - unlabelled
+    assert counted == sum(_labelled(number) for number in range(5))
+
+
+def _labelled(number: int) -> int:
+    """Pixels of an image whose quarter has a class."""
+    height, width = SIZES[number]
+    rows, columns = (height // 2, height - height // 2), (width // 2, width - width // 2)
+    return sum(rows[q // 2] * columns[q % 2] for q, label in enumerate(LAYOUTS[number]) if label is not None)
 
 
 def test_the_tasks_count_what_they_are_about(index: Index) -> None:
@@ -67,6 +81,76 @@ def test_the_tasks_count_what_they_are_about(index: Index) -> None:
     assert instance["panoptic"]["per_class"]["PQ"][2:] == [None, None], "stuff is neither right nor wrong"
 
 
+def test_mask_ap_of_the_things(index: Index) -> None:
+    """Of panoptic and instance sources alike; image 2's crowd is neither found nor missed."""
+    for task in ("panoptic", "instance"):
+        results = _evaluate(index, data__task=task).results
+        assert results["AP"] == results["instances"]["AP"] and results["instances"]["federated"] is False
+        assert results["instances"]["per_class"]["instances"] == [3, 3, 0, 0]
+        assert results["instances"]["per_class"]["AP"][2:] == [None, None]
+        assert results["instances"]["AP50"] > 0.7 and "boundary" not in results["instances"]
+        assert results["instances"]["APl"] is None, "no quarter has 96 pixels squared"
+    assert "instances" not in _evaluate(index, data__task="semantic").results
+
+
+def test_boundary_iou_where_it_is_asked_for(index: Index) -> None:
+    results = _evaluate(index, eval__boundary=True).results
+    assert 0.4 < results["semantic"]["boundary"]["mIoU"] < results["mIoU"]
+    assert 0.4 < results["panoptic"]["boundary"]["all"]["PQ"] < results["PQ"]
+    assert 0.4 < results["instances"]["boundary"]["AP"] <= results["AP"]
+
+
+def test_confusions_are_told(index: Index) -> None:
+    first = _evaluate(index).results["confusions"][0]
+    assert first["truth"] != first["predicted"] and first["pixels"] > 0
+    of_truth = _evaluate(index).results["semantic"]["per_class"]["pixels"][first["truth"]]
+    assert first["share"] == first["pixels"] / of_truth
+
+
+def test_the_first_samples_only(index: Index) -> None:
+    part = evaluate(ColorModel(), index, painted_config(), World(), split="val", samples=2, progress=False)
+    assert part is not None and part.results["samples"] == 2
+    first = [int(index.sample(i).key) for i in range(2)]
+    assert sum(part.results["semantic"]["per_class"]["pixels"]) == sum(_labelled(number) for number in first)
+    more = evaluate(ColorModel(), index, painted_config(), World(), split="val", samples=99, progress=False)
+    assert more is not None and more.results["samples"] == 5
+
+
+def test_asked_to_stop_it_returns_nothing(index: Index) -> None:
+    """Before the first image, in between, and while the instances of all images are evaluated."""
+    turns = []
+    for last in (0, 3, 6):
+        calls = iter(range(99))
+        model = ColorModel().train()
+        options = {"split": "val", "progress": False}
+        seen = evaluate(model, index, painted_config(), World(), stop=lambda: next(calls) >= last, **options)  # noqa: B023
+        assert seen is None and model.training
+        turns.append(next(calls))
+    assert turns == [1, 4, 7]
+    assert evaluate(ColorModel(), index, painted_config(), World(), stop=lambda: False, **options) is not None
+
+
+def test_best_median_and_worst_images_by_their_own_score() -> None:
+    scores = np.array([0.5, np.nan, 0.9, 0.1, 0.4, 0.9, 0.7, 0.3])
+    chosen = [(c.position, c.why, c.score) for c in choose(scores, 2)]
+    assert chosen == [(1, "first", None), (2, "best", 0.9), (0, "median", 0.5), (3, "worst", 0.1)]
+    assert [c.why for c in choose(np.full(3, np.nan), 6)] == ["first"] * 3
+    many = choose(np.linspace(0, 1, 1001), 6)
+    by_why = {why: [c.position for c in many if c.why == why] for why in ("first", "best", "median", "worst")}
+    assert by_why == {"first": [3, 4, 5], "best": [998, 999, 1000], "median": [499, 500, 501], "worst": [0, 1, 2]}
+
+
+def test_the_own_score_of_an_image_is_that_of_an_evaluation_of_it(index: Index) -> None:
+    for task, number in (("semantic", "mIoU"), ("panoptic", "PQ"), ("instance", "PQ")):
+        evaluation = _evaluate(index, pictures=5, data__task=task)
+        assert evaluation.results["picture_score"] == number
+        (first,) = (p.choice for p in evaluation.pictures if p.choice.position == 0)
+        alone = evaluate(
+            ColorModel(), index, painted_config(data__task=task), World(), split="val", samples=1, progress=False
+        )
+        assert alone is not None and first.score == pytest.approx(alone.results[number], abs=1e-9)
+
+
 def test_ranks_share_the_samples(index: Index) -> None:
     """Without a process group each rank returns its own counts: together they are the whole."""
     config, model = painted_config(), ColorModel()
@@ -74,7 +158,7 @@ def test_ranks_share_the_samples(index: Index) -> None:
     for rank in range(3):
         evaluation = evaluate(model, index, config, World(rank, 3), split="val", pictures=2, progress=False)
         parts.append(np.array(evaluation.results["semantic"]["per_class"]["pixels"]))
-        assert [p.position for p in evaluation.pictures] == [r for r in range(2) if r == rank]
+        assert all(p.choice.position % 3 == rank for p in evaluation.pictures)
     whole = _evaluate(index).results["semantic"]["per_class"]["pixels"]
     assert np.sum(parts, axis=0).tolist() == whole
 
@@ -88,9 +172,12 @@ def test_saved_results_pictures_and_event(index: Index, tmp_path: Path) -> None:
     results = json.loads((run.report / "evaluation-val.json").read_text())
     assert results["step"] == 40 and results["mIoU"] > 0.95
     titles = ["image", "ground truth", "prediction, semantic", "prediction, panoptic"]
-    assert [[v["title"] for v in p["views"]] for p in results["pictures"]] == [titles, titles]
-    files = {v["file"] for p in results["pictures"] for v in p["views"]}
-    assert files == {f.name for f in run.report.glob("*.png")} and len(files) == 8
+    assert [[v["title"] for v in p["views"]] for p in results["pictures"]] == [titles] * len(results["pictures"])
+    assert [p["why"] for p in results["pictures"]][-3:] == ["best", "median", "worst"]
+    assert results["pictures"][-3]["score"] >= results["pictures"][-2]["score"] >= results["pictures"][-1]["score"]
+    views = [v for p in results["pictures"] for v in p["views"]]
+    files = {v["file"] for v in views} | {v["classes"] for v in views if v["title"] != "image"}
+    assert files == {f.name for f in run.report.glob("*.png")} and len(files) == 7 * len(results["pictures"]) >= 21
     (event,) = read_metrics(run.metrics)
     assert (event["event"], event["step"], event["split"], event["samples"]) == ("evaluation", 40, "val", 5)
     assert event["mIoU"] == results["mIoU"] and event["PQ"] == results["PQ"]
@@ -98,7 +185,7 @@ def test_saved_results_pictures_and_event(index: Index, tmp_path: Path) -> None:
 
 def test_pictures_show_truth_and_prediction_alike(index: Index) -> None:
     """The model is right, so the painted truth and the painted prediction differ at borders only."""
-    (shown,) = _evaluate(index, pictures=1, data__task="semantic").pictures
+    shown = _evaluate(index, pictures=1, data__task="semantic").pictures[0]
     views = dict(shown.views)
     differs = (np.abs(views["ground truth"].astype(int) - views["prediction"]) > 40).any(-1)
     assert differs.mean() < 0.05

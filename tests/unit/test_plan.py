@@ -11,9 +11,13 @@ from torch import nn
 
 from mf_scale.cli import main
 from mf_scale.config.load import load_config
-from mf_scale.config.schema import Config
+from mf_scale.data.index import Index
+from mf_scale.errors import UserError
 from mf_scale.models.outputs import PixelPrediction
-from mf_scale.plan import PRODUCT, Part, count_parts, memory_of_a_rank, plan_config
+from mf_scale.plan.activations import Tracer
+from mf_scale.plan.parts import PRODUCT, count_parts
+from mf_scale.plan.planning import plan_config
+from tests.unit.packing import pack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 R50 = str(CONFIGS / "ade20k_150/maskformer_resnet50.yaml")
@@ -82,20 +86,8 @@ def test_batches_for_every_number_of_ranks_and_the_reason_where_there_is_none() 
     assert plan.refusal is not None and "cannot be shared by 5 ranks" in plan.refusal
 
 
-@pytest.mark.parametrize(
-    ("stage", "expected"),
-    [(0, (440, 400, 0, 800, 0)), (1, (440, 400, 100, 200, 2**20)), (2, (440, 100, 100, 200, 2**20))],
-)
-def test_memory_by_stage(stage: int, expected: tuple[int, ...]) -> None:
-    config = Config()
-    config.zero.stage, config.zero.bucket_mib = stage, 1
-    memory = memory_of_a_rank(Part("sum", 110, 100, 0), config, 4)
-    assert (memory.parameters, memory.gradients, memory.master, memory.adam, memory.bucket) == expected
-    assert memory.total == sum(expected)
-
-
-def test_the_page_of_one_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", R50, "--processes", "5", "model.backbone.recompute_stages=[1,2]", "model.compile=true"]) == 0
+def test_the_page_of_a_batch_that_cannot_be_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", R50, "--processes", "5", "model.compile=true"]) == 0
     page = capsys.readouterr().out
     for words in (
         "150 classes, image 512x512",
@@ -104,8 +96,7 @@ def test_the_page_of_one_configuration(capsys: pytest.CaptureFixture[str]) -> No
         "    4            16            2             2",
         "cannot be shared by 5 ranks",
         "steps 160,000, images seen 2,560,000",
-        "at ZeRO stage 2, computed, without activations",
-        "recomputed in the backward pass: 1, 2",
+        "checkpoint, computed: weights 0.15 GiB + moments 0.31 GiB",
         "torch.compile: on",
     ):
         assert words in page
@@ -126,10 +117,79 @@ def test_the_table_of_several_and_the_json(capsys: pytest.CaptureFixture[str]) -
     assert first["memory_bytes"]["total"] == sum(v for k, v in first["memory_bytes"].items() if k != "total")
 
 
+def small(*more: str) -> list[str]:
+    return [R50, "data.crop=[128,128]", *more]
+
+
+def test_the_page_says_what_fits_and_where_every_figure_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    placed = ["--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "4GiB", "--stages"]
+    rates = ["--images-per-second", "100", "--worker-rate", "30"]
+    assert main(["plan", *small("model.backbone.recompute_stages=[1,2]", "ema.decay=0.9"), *placed, *rates]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "memory of each of 8 GPUs in GiB, micro-batch 2, computed:",
+        "*2 0.15",
+        " 3 + optimizer, weights offloaded",
+        "bf16, attention auto, on cuda, stages 1, 2 recomputed, 30 segments an image (assumed)",
+        "of 4.00 GiB given, 2.50 GiB are planned with (10% are left free, at least 1.50 GiB)",
+        "take zero.stage=0 with train.micro_batch=2",
+        "steps 160,000, images seen 2,560,000, epochs unknown (there is no index in",
+        "time: 0.9 h of training alone, computed from 100.0 images/s of one GPU (given) x 8 = 800.0 images/s",
+        "30.0 images/s (given), so 32 loader processes are needed, computed: 4 a rank, 20 cores a node",
+        "data.workers=2 is too few: take data.workers=4",
+        "+ average 0.15 GiB",
+    ):
+        assert words in page, words
+
+
+def test_nothing_fits_says_what_would_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *small("zero.bucket_mib=8"), "--gpu-memory", "1.8GiB"]) == 2
+    printed = capsys.readouterr()
+    assert "nothing fits" in printed.out and "none fits" in printed.out
+    for words in (
+        "no ZeRO stage and no micro-batch fits into 0.30 GiB",
+        "model.backbone.recompute_stages=[1,2,3,4]: ",
+        "data.crop=[64,64]: ",
+        "zero.offload_optimizer=true and zero.offload_parameters=true: ",
+        "16 GPUs instead of 8: ",
+    ):
+        assert words in printed.err, words
+    assert printed.err.count("\n") == 1
+
+
+def test_the_source_tells_classes_epochs_and_segments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    assert pack(packed) == 0
+    capsys.readouterr()
+    demo = [str(CONFIGS / "demo.yaml"), f"data.train={packed}", "model.num_classes=null", "--json", "--processes", "2"]
+    assert main(["plan", *demo, "--device", "cpu"]) == 0
+    plan = json.loads(capsys.readouterr().out)[0]
+    index = Index.open(packed)
+    assert plan["num_classes"] == len(index.vocabulary)
+    assert plan["segments"] == index.column("segments").max()
+    assert plan["duration"]["epochs"] == 400 * 8 / index.samples
+    assert plan["stages"][2]["activations"]["inputs"] == 0
+    assert plan["memory_bytes"]["total"] == plan["stages"][2]["total"] - plan["stages"][2]["activations"]["peak"]
+
+
+def test_a_model_that_needs_numbers_is_refused_in_a_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading(nn.Module):
+        def forward(self, images: torch.Tensor) -> None:
+            images.sum().item()
+
+    monkeypatch.setattr("mf_scale.plan.activations.bare_model", lambda _: Reading())
+    with pytest.raises(UserError, match="needs numbers to run"):
+        Tracer(load_config(R50), segments=3, device="cpu")(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([str(CONFIGS / "demo.yaml"), "model.num_classes=null"], "model.num_classes is not set"),
+        ([str(CONFIGS / "demo.yaml"), "model.num_classes=null", "data.train=nowhere"], "model.num_classes is not set"),
+        ([R50, "--gpu-memory", "80"], "'80' is no size of a memory"),
+        ([R50, "--gpu-memory", "0GB"], "'0GB' is no size of a memory"),
+        ([R50, "--nodes", "2", "--processes", "8"], "--processes counts all ranks"),
+        ([R50, R50, "--measure"], "--measure runs one configuration"),
         ([R50, "model.backbone.name=resnet5O"], "Nearest names"),
         ([R50, "train.stpes=1"], "Did you mean train.steps?"),
         ([str(CONFIGS / "nothing.yaml")], "does not exist"),

@@ -16,8 +16,8 @@ import pytest
 
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
+from mf_scale.tracking.pictures import write_class_map
 from mf_scale.tracking.wandb_run import WandbRun, client_lines, encoded, opening
-from mf_scale.tracking.wandb_tables import write_class_map
 from tests.unit.wandb_files import segments
 
 
@@ -274,9 +274,7 @@ import os, signal, time
 from pathlib import Path
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.wandb_run import WandbRun, client_lines, encoded, opening
-from mf_scale.tracking.wandb_tables import write_class_map
-from tests.unit.wandb_files import segments
+from mf_scale.tracking.wandb_run import WandbRun
 run = WandbRun(TrackingConfig(), RunDir(Path({str(run.path)!r})), {{}})
 run.record({{"event": "step", "step": 1, "loss": 1.0}})
 while "took 1" not in run.log_file.read_text(): time.sleep(0.02)

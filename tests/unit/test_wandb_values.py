@@ -13,6 +13,7 @@ from mf_scale.config.schema import Config
 from mf_scale.config.urls import without_secrets
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import MetricsLog, read_metrics
+from mf_scale.tracking.pictures import write_class_map
 from mf_scale.tracking.wandb_sync import shown_settings, sync_lines
 from mf_scale.tracking.wandb_tables import (
     MASK_IDS,
@@ -22,7 +23,6 @@ from mf_scale.tracking.wandb_tables import (
     evaluation_tables,
     mask_names,
     told_apart,
-    write_class_map,
 )
 from mf_scale.tracking.wandb_values import rows, wandb_summary, wandb_values
 
