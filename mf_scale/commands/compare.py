@@ -19,8 +19,8 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     from pathlib import Path
 
     from mf_scale.rundir import RunDir, existing_run
-    from mf_scale.tracking.report_compare import as_text, read_runs
-    from mf_scale.tracking.report_compare_page import write_comparison
+    from mf_scale.tracking.report.compare import as_text, read_runs
+    from mf_scale.tracking.report.compare_page import write_comparison
 
     runs = read_runs([RunDir(existing_run(path)) for path in options.runs])
     page = write_comparison(runs, Path(options.out)) if options.out else None  # also where nobody reads what is printed

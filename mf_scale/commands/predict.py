@@ -63,8 +63,8 @@ def _share(text: str) -> tuple[int, int]:
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from mf_scale.distributed.env import world_from_environment
     from mf_scale.distributed.launch import allow_stop_signals, launch
-    from mf_scale.evaluation.predict_input import open_input
-    from mf_scale.evaluation.predict_words import Options, Share
+    from mf_scale.evaluation.prediction.input import open_input
+    from mf_scale.evaluation.prediction.words import Options, Share
     from mf_scale.training.preemption import install_handlers
 
     world, flag = world_from_environment(), install_handlers()
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         if ranks > 1:
             return launch(arguments, ranks, flag.signals)
     allow_stop_signals()
-    from mf_scale.evaluation.predict import predict_images
+    from mf_scale.evaluation.prediction.parts import predict_images
 
     return predict_images(
         options.inputs, options.run, options.out, wanted, share=share, stop=lambda: bool(flag.signals)
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 def _overwrite(out: str, share: Any) -> None:
     from pathlib import Path
 
-    from mf_scale.evaluation.predict_plan import remove_prediction
+    from mf_scale.evaluation.prediction.plan import remove_prediction
 
     if not share.alone:
         raise UserError(

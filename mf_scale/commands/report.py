@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mf_scale.config.schema import SourceConfig
-    from mf_scale.tracking.report_data import SourceCounts
+    from mf_scale.tracking.report.data import SourceCounts
 
 _ROWS = 1 << 20
 """Rows of an index that are counted at once."""
@@ -29,8 +29,8 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.evaluation.results import run_table
     from mf_scale.rundir import RunDir, existing_run
     from mf_scale.tracking.metrics import read_metrics
-    from mf_scale.tracking.report import headline, write_report
-    from mf_scale.tracking.report_wrong import read_hangs
+    from mf_scale.tracking.report.page import headline, write_report
+    from mf_scale.tracking.report.wrong import read_hangs
     from mf_scale.tracking.status import run_status
 
     run = RunDir(existing_run(options.run))
@@ -50,7 +50,7 @@ def source_counts(config: Path) -> list[SourceCounts]:
     """What the indexes of a run's training sources tell; one that cannot be read says why. [] without a config.yaml."""
     from mf_scale.config.load import load_config
     from mf_scale.data.sources import training_sources
-    from mf_scale.tracking.report_data import SourceCounts
+    from mf_scale.tracking.report.data import SourceCounts
 
     if not config.is_file():
         return []
@@ -66,7 +66,7 @@ def _counts(source: SourceConfig) -> SourceCounts:
     import numpy as np
 
     from mf_scale.data.index import Index
-    from mf_scale.tracking.report_data import SourceCounts
+    from mf_scale.tracking.report.data import SourceCounts
 
     try:
         index = Index.open(source.index)

@@ -36,7 +36,7 @@ def work(folder: Path, where: str, failing: str) -> int:
 
 
 def main() -> None:
-    cli.main = lambda arguments=None: work(Path(sys.argv[1]), *sys.argv[2:4])  # type: ignore[assignment]
+    cli.main = lambda arguments=None: work(Path(sys.argv[1]), *sys.argv[2:4])
     if "MF_RANKS" in os.environ:
         from mf_scale.distributed.ranks import enter, exit_code_for_agent
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mf_scale.tracking.report import write_report
-from mf_scale.tracking.report_compare import read_runs
-from mf_scale.tracking.report_compare_page import write_comparison
-from mf_scale.tracking.report_wrong import Hang
+from mf_scale.tracking.report.compare import read_runs
+from mf_scale.tracking.report.compare_page import write_comparison
+from mf_scale.tracking.report.page import write_report
+from mf_scale.tracking.report.wrong import Hang
 from tests.browser import CHROMIUM, look
 from tests.unit.report_runs import counted, evaluated, troubled_run
 

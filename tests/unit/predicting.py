@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mf_scale.evaluation.predict import predict_images
-from mf_scale.evaluation.predict_words import Options, Share
+from mf_scale.evaluation.prediction.parts import predict_images
+from mf_scale.evaluation.prediction.words import Options, Share
 from mf_scale.models.build import build_model
 from mf_scale.models.maskformer import MaskFormer
 from mf_scale.rundir import RunDir

@@ -12,7 +12,7 @@ import numpy as np
 from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.pictures import Segmentation, draw_segments, plain, write_png
-from mf_scale.tracking.report_data import SourceCounts
+from mf_scale.tracking.report.data import SourceCounts
 from tests.unit.histories import Maker
 
 EVIL = "<script>alert(1)</script>"

@@ -13,8 +13,8 @@ from mf_scale.commands.report import source_counts
 from mf_scale.data.index import Index
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.report_compare import MOST_RUNS, as_text, differences, numbers, read_runs
-from mf_scale.tracking.report_compare_page import comparison_charts, write_comparison
+from mf_scale.tracking.report.compare import MOST_RUNS, as_text, differences, numbers, read_runs
+from mf_scale.tracking.report.compare_page import comparison_charts, write_comparison
 from tests.unit.histories import Maker
 from tests.unit.pages import Page
 from tests.unit.report_runs import EVIL, evaluated, troubled_run

@@ -78,7 +78,9 @@ def _ours(listed: Listed, found: Found, *, boundary: bool = False) -> dict[str, 
 
 def _as_lists(listed: Listed, found: Found) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What COCO's tools read: all images, all categories, every instance that was found."""
-    images, annotations, results = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for position, (sample, instances) in enumerate(zip(listed.samples, found, strict=True)):
         size = {"height": sample.image.shape[0], "width": sample.image.shape[1]}
         negative, partly = (

@@ -79,7 +79,7 @@ def _measured(what: str, classes: int, images: int) -> dict[str, float]:
     )
     told = json.loads(run.stdout.splitlines()[-1])
     print(f"{what}: {classes} classes, {images} images: {told['seconds']:.1f} s, {told['mib']:.0f} MiB over the start")
-    return told  # type: ignore[no-any-return]
+    return told
 
 
 @pytest.mark.soak

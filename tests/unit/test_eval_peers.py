@@ -69,14 +69,15 @@ def _pair(file: Path, annotation: dict[str, Any], label_of: dict[int, int], rand
         truth[ids == segment["id"]] = i
     labels = np.array([label_of[s["category_id"]] for s in segments])
     crowd = np.array([bool(s["iscrowd"]) for s in segments])
-    found, found_labels = np.full(ids.shape, -1), []
+    found = np.full(truth.shape, -1)
+    found_labels: list[int] = []
     for i in random.permutation(len(segments)).tolist():
         if random.random() < 0.12:
             continue
         found[disturbed(truth == i, random)] = len(found_labels)
         found_labels.append(int(labels[i]) if random.random() < 0.85 else int(random.integers(len(label_of))))
     if random.random() < 0.5:
-        found[: len(found) // 4, : found.shape[1] // 3] = len(found_labels)  # one that nobody marked
+        found[: found.shape[0] // 4, : found.shape[-1] // 3] = len(found_labels)  # one that nobody marked  # type: ignore[misc]
         found_labels.append(int(random.integers(len(label_of))))
     return Pair(truth, labels, crowd, found, np.array(found_labels, dtype=np.int64))
 
@@ -135,7 +136,10 @@ def _two_channels(segment_map: np.ndarray, labels: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("boundary", [False, True])
 def test_pq_is_cocos_rules(source: Source, boundary: bool) -> None:
     """As its own evaluation goes, segment by segment, on ids: crowds, void, what lies on them; also by outlines."""
-    iou, hits, wrong, missed = ([0.0] * len(source.things), *(defaultdict(int) for _ in range(3)))
+    iou = [0.0] * len(source.things)
+    hits: dict[int, int] = defaultdict(int)
+    wrong: dict[int, int] = defaultdict(int)
+    missed: dict[int, int] = defaultdict(int)
     for pair in source.pairs:
         void = pair.truth < 0
         matched_truth, matched_found = set(), set()

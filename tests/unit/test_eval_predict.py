@@ -18,9 +18,9 @@ from PIL import Image
 
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import answer
-from mf_scale.evaluation.predict import predict_images
-from mf_scale.evaluation.predict_files import read_image
-from mf_scale.evaluation.predict_words import Options
+from mf_scale.evaluation.prediction.files import read_image
+from mf_scale.evaluation.prediction.parts import predict_images
+from mf_scale.evaluation.prediction.words import Options
 from mf_scale.evaluation.rle import bounding_box, coco_mask
 from mf_scale.models.build import build_model
 from mf_scale.models.maskformer import MaskFormer

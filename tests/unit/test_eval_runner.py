@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +124,17 @@ def test_asked_to_stop_it_returns_nothing(index: Index) -> None:
     for last in (0, 3, 6):
         calls = iter(range(99))
         model = ColorModel().train()
-        options = {"split": "val", "progress": False}
-        seen = evaluate(model, index, painted_config(), World(), stop=lambda: next(calls) >= last, **options)  # noqa: B023
+        asked = partial(_asked, calls, last)
+        seen = evaluate(model, index, painted_config(), World(), split="val", progress=False, stop=asked)
         assert seen is None and model.training
         turns.append(next(calls))
     assert turns == [1, 4, 7]
-    assert evaluate(ColorModel(), index, painted_config(), World(), stop=lambda: False, **options) is not None
+    going_on = evaluate(ColorModel(), index, painted_config(), World(), split="val", progress=False, stop=lambda: False)
+    assert going_on is not None
+
+
+def _asked(calls: Iterator[int], last: int) -> bool:
+    return next(calls) >= last
 
 
 def test_best_median_and_worst_images_by_their_own_score() -> None:
@@ -157,6 +164,7 @@ def test_ranks_share_the_samples(index: Index) -> None:
     parts = []
     for rank in range(3):
         evaluation = evaluate(model, index, config, World(rank, 3), split="val", pictures=2, progress=False)
+        assert evaluation is not None
         parts.append(np.array(evaluation.results["semantic"]["per_class"]["pixels"]))
         assert all(p.choice.position % 3 == rank for p in evaluation.pictures)
     whole = _evaluate(index).results["semantic"]["per_class"]["pixels"]

@@ -138,7 +138,7 @@ def _dense(model: nn.Module, image: np.ndarray, config: Config) -> Tensor:
     for scale, flip in views:
         height, width = round(image.shape[0] * scale), round(image.shape[1] * scale)
         shown = np.ascontiguousarray(image[:, ::-1]) if flip else image
-        pixels = resize_part(shown, Window(0, 0, *shown.shape[:2], height, width))
+        pixels = resize_part(shown, Window(0, 0, shown.shape[0], shown.shape[1], height, width))
         scores, count = torch.zeros(CLASSES, height, width), torch.zeros(height, width)
         tall, wide = config.eval.window or (height, width)
         for top in _starts(height, tall, config.eval.window_overlap):

@@ -21,8 +21,8 @@ from mf_scale.errors import UserError
 from mf_scale.evaluation import loading
 from mf_scale.evaluation.loading import load_model
 from mf_scale.evaluation.per_pixel import per_pixel_semantic
-from mf_scale.evaluation.predict import predict_images
-from mf_scale.evaluation.predict_words import Options
+from mf_scale.evaluation.prediction.parts import predict_images
+from mf_scale.evaluation.prediction.words import Options
 from mf_scale.evaluation.runner import evaluate_run
 from mf_scale.losses.pixel_criterion import PixelCriterion
 from mf_scale.models.build import build_model

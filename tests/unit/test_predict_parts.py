@@ -16,10 +16,10 @@ from PIL import Image
 from mf_scale.data.storage import Storage
 from mf_scale.data.tars import tar_images
 from mf_scale.errors import FaultError, StoppedOnRequest, UserError
-from mf_scale.evaluation import predict as module
-from mf_scale.evaluation.predict import predict_images
-from mf_scale.evaluation.predict_plan import remove_prediction
-from mf_scale.evaluation.predict_words import Options, Share
+from mf_scale.evaluation.prediction import parts as module
+from mf_scale.evaluation.prediction.parts import predict_images
+from mf_scale.evaluation.prediction.plan import remove_prediction
+from mf_scale.evaluation.prediction.words import Options, Share
 from mf_scale.rundir import RunDir
 from tests.unit.painted import painted_source
 from tests.unit.predicting import IMAGES, contents, lines, predicted, small_run, tar_of

@@ -12,9 +12,9 @@ import pytest
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import MetricsLog
-from mf_scale.tracking.report import headline, write_report
-from mf_scale.tracking.report_data import SourceCounts
-from mf_scale.tracking.report_wrong import Hang
+from mf_scale.tracking.report.data import SourceCounts
+from mf_scale.tracking.report.page import headline, write_report
+from mf_scale.tracking.report.wrong import Hang
 from mf_scale.tracking.status import run_status
 from tests.unit.histories import Maker
 from tests.unit.pages import Page
@@ -201,7 +201,7 @@ def _contrast(one: str, other: str) -> float:
 
 def test_texts_and_curves_have_contrast_in_light_and_dark() -> None:
     """WCAG 2.2: 4.5 for text, 3 for what is drawn."""
-    style = (Path(__file__).parents[2] / "mf_scale/tracking/report_style.html").read_text()
+    style = (Path(__file__).parents[2] / "mf_scale/tracking/report/style.html").read_text()
     light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("prefers-color-scheme")[:2])
     assert set(light) == set(dark)
     for colors in (light, dark):

@@ -10,15 +10,25 @@ from typing import Any
 
 import pytest
 
-from mf_scale.tracking.charts import EVALUATION, MOST_NAMES, MOST_POINTS, MOST_TEXTS, ROLLBACK, Chart, Line, Mark, draw
 from mf_scale.tracking.metrics import read_metrics
-from mf_scale.tracking.report_classes import band_table, class_rows, class_tables, measure_of
-from mf_scale.tracking.report_curves import layer_table, metric_line, training_charts
-from mf_scale.tracking.report_data import SourceCounts, class_images, data_view
-from mf_scale.tracking.report_starts import start_marks
-from mf_scale.tracking.report_table import Cell, Column, Table, table_html
-from mf_scale.tracking.report_time import step_time
-from mf_scale.tracking.report_wrong import TAKEN_BACK, Hang, read_hangs, read_troubles, wrong_tables
+from mf_scale.tracking.report.charts import (
+    EVALUATION,
+    MOST_NAMES,
+    MOST_POINTS,
+    MOST_TEXTS,
+    ROLLBACK,
+    Chart,
+    Line,
+    Mark,
+    draw,
+)
+from mf_scale.tracking.report.classes import band_table, class_rows, class_tables, measure_of
+from mf_scale.tracking.report.curves import layer_table, metric_line, training_charts
+from mf_scale.tracking.report.data import SourceCounts, class_images, data_view
+from mf_scale.tracking.report.starts import start_marks
+from mf_scale.tracking.report.table import Cell, Column, Table, table_html
+from mf_scale.tracking.report.time import step_time
+from mf_scale.tracking.report.wrong import TAKEN_BACK, Hang, read_hangs, read_troubles, wrong_tables
 from mf_scale.tracking.status import run_status
 from tests.unit.histories import Maker
 from tests.unit.report_runs import EVIL, PHASES, counted, troubled_run

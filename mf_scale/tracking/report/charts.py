@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from mf_scale.tracking.chart_svg import GRID, INK, MUTED, PAPER, SERIES, for_page
+from mf_scale.tracking.report.chart_svg import GRID, INK, MUTED, PAPER, SERIES, for_page
 
 RESUME, ROLLBACK, EVALUATION = "resumed", "went back", "evaluated"
 """Kinds of marks."""

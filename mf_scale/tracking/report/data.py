@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from mf_scale.tracking.charts import Chart, Line
-from mf_scale.tracking.report_table import Cell, Column, Table, count, number
+from mf_scale.tracking.report.charts import Chart, Line
+from mf_scale.tracking.report.table import Cell, Column, Table, count, number
 
 _MOST_SIZES = 12
 _GIB = 2**30

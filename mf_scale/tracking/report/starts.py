@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from mf_scale.tracking.charts import RESUME, ROLLBACK, Mark
 from mf_scale.tracking.console import duration
-from mf_scale.tracking.report_table import Cell, Column, Table, count
+from mf_scale.tracking.report.charts import RESUME, ROLLBACK, Mark
+from mf_scale.tracking.report.table import Cell, Column, Table, count
 from mf_scale.tracking.starts import WENT_BACK, Start
 from mf_scale.tracking.status import RunStatus
 from mf_scale.tracking.status_text import start_end

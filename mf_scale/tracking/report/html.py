@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mf_scale.tracking.report_table import count, percent
+from mf_scale.tracking.report.table import count, percent
 
 
 def render(template: str, **values: Any) -> str:
@@ -24,8 +24,8 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "count": count}
-    script = (folder / "report_script.html").read_text(encoding="utf-8")
-    style = (folder / "report_style.html").read_text(encoding="utf-8")
+    script = (folder / "script.html").read_text(encoding="utf-8")
+    style = (folder / "style.html").read_text(encoding="utf-8")
     page = environment.get_template(template)
     return page.render(style=Markup(style), script=Markup(script), policy=_policy(script), **values)
 

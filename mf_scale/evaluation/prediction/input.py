@@ -9,9 +9,9 @@ from mf_scale.config.urls import redact, scheme_of
 from mf_scale.data.index import HEAD, Index
 from mf_scale.data.single import local_path
 from mf_scale.errors import UserError
-from mf_scale.evaluation.predict_files import SUFFIXES, FileSource, Lines, folder_images
-from mf_scale.evaluation.predict_shards import IndexSource, TarSource
-from mf_scale.evaluation.predict_words import FILES, PARTS, Options
+from mf_scale.evaluation.prediction.files import SUFFIXES, FileSource, Lines, folder_images
+from mf_scale.evaluation.prediction.shards import IndexSource, TarSource
+from mf_scale.evaluation.prediction.words import FILES, PARTS, Options
 
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 TAR = ".tar"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mf_scale.rundir import RunDir
-from mf_scale.tracking.charts import draw_bars
 from mf_scale.tracking.pictures import embedded, read_png, sheet, write_bytes, write_png
-from mf_scale.tracking.report_classes import ClassRow, band_table, class_rows, class_tables, measure_of, spread
-from mf_scale.tracking.report_table import Cell, Column, Table, count, percent
+from mf_scale.tracking.report.charts import draw_bars
+from mf_scale.tracking.report.classes import ClassRow, band_table, class_rows, class_tables, measure_of, spread
+from mf_scale.tracking.report.table import Cell, Column, Table, count, percent
 
 MOST_BARS = 40
 """Classes that all get a bar in the picture of a split; of more only the best and the worst."""

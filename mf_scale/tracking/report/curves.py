@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from mf_scale.tracking.charts import EVALUATION, Chart, Line, Mark
-from mf_scale.tracking.report_table import Column, Table
+from mf_scale.tracking.report.charts import EVALUATION, Chart, Line, Mark
+from mf_scale.tracking.report.table import Column, Table
 
 Record = Mapping[str, Any]
 _Some = TypeVar("_Some")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mf_scale.errors import EXIT_USER, UserError
-from mf_scale.evaluation.predict_plan import QUARANTINE, SUMMARY, mark
-from mf_scale.evaluation.predict_words import PARTS
-from mf_scale.evaluation.predict_write import books_of, part_name
+from mf_scale.evaluation.prediction.plan import QUARANTINE, SUMMARY, mark
+from mf_scale.evaluation.prediction.words import PARTS
+from mf_scale.evaluation.prediction.write import books_of, part_name
 from mf_scale.rundir import disk_errors, read_json, write_atomically
 
 MOST_MERGED = 100_000

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mf_scale.tracking.pictures import class_color
-from mf_scale.tracking.report_table import Cell, Column, Table, count, number, percent
+from mf_scale.tracking.report.table import Cell, Column, Table, count, number, percent
 
 FEW = 40
 """Classes that all stand in the first table; of more the costliest do, and the whole table is folded."""

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mf_scale.errors import UserError
-from mf_scale.evaluation.predict_files import FileSource
-from mf_scale.evaluation.predict_words import FILES, Options, Source
+from mf_scale.evaluation.prediction.files import FileSource
+from mf_scale.evaluation.prediction.words import FILES, Options, Source
 from mf_scale.rundir import MANIFEST, disk_errors, file_digest, read_json, resolve_checkpoint
 
 PLAN, SUMMARY, QUARANTINE = "predict.json", "summary.json", "quarantine.jsonl"

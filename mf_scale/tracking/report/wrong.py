@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mf_scale.tracking.console import duration
-from mf_scale.tracking.report_curves import Record
-from mf_scale.tracking.report_table import Cell, Column, Table, count
+from mf_scale.tracking.report.curves import Record
+from mf_scale.tracking.report.table import Cell, Column, Table, count
 
 MOST_ROWS = 30
 """Rows of a table; what is left out is counted, and stands in metrics.jsonl."""

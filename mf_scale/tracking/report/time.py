@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mf_scale.tracking.chart_svg import SERIES
-from mf_scale.tracking.charts import Chart, Line, Mark
-from mf_scale.tracking.report_curves import Record, keys_of, number_in, some_of
-from mf_scale.tracking.report_table import Cell, Column, Table, percent
+from mf_scale.tracking.report.chart_svg import SERIES
+from mf_scale.tracking.report.charts import Chart, Line, Mark
+from mf_scale.tracking.report.curves import Record, keys_of, number_in, some_of
+from mf_scale.tracking.report.table import Cell, Column, Table, percent
 
 PHASES = "phases"
 _MEANING = {

@@ -14,8 +14,8 @@ from mf_scale.data.samples import BadSample, parse_sample
 from mf_scale.data.single import SingleFiles
 from mf_scale.data.tars import TarImage, tar_images
 from mf_scale.errors import UserError
-from mf_scale.evaluation.predict_files import decode_upright, refuse_ids
-from mf_scale.evaluation.predict_words import Job, Loaded, image_id_of
+from mf_scale.evaluation.prediction.files import decode_upright, refuse_ids
+from mf_scale.evaluation.prediction.words import Job, Loaded, image_id_of
 
 GROUP_SAMPLES, GROUP_BYTES = 16, 8 << 20
 """Neighbouring samples of a shard that are read in one go, at most."""

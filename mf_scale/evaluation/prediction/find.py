@@ -19,7 +19,7 @@ from mf_scale.config.schema import Config
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import Answer
 from mf_scale.evaluation.inference import Instances
-from mf_scale.evaluation.predict_words import Loaded
+from mf_scale.evaluation.prediction.words import Loaded
 from mf_scale.evaluation.rle import bounding_box, coco_mask
 from mf_scale.tracking.pictures import Segmentation, add_legend, draw_segments
 from mf_scale.vocabulary import Vocabulary

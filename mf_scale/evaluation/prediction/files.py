@@ -21,7 +21,7 @@ from mf_scale.config.urls import redact
 from mf_scale.data.decode import IMAGE_FORMATS, UNREADABLE
 from mf_scale.data.single import SingleFiles
 from mf_scale.errors import UserError
-from mf_scale.evaluation.predict_words import Job, Loaded, image_id_of
+from mf_scale.evaluation.prediction.words import Job, Loaded, image_id_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Files taken from a folder."""

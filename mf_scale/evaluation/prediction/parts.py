@@ -23,15 +23,15 @@ from tqdm import tqdm
 from mf_scale.errors import EXIT_USER, FaultError, StoppedOnRequest, UserError
 from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
-from mf_scale.evaluation.predict_ahead import ahead, in_background
-from mf_scale.evaluation.predict_files import FileSource
-from mf_scale.evaluation.predict_find import Look, Written, categories, find, refused, write
-from mf_scale.evaluation.predict_finish import finish, tell, thresholds_of
-from mf_scale.evaluation.predict_input import open_input
-from mf_scale.evaluation.predict_plan import identity_of, planned_checkpoint, refuse_other, write_plan
-from mf_scale.evaluation.predict_shards import IndexSource
-from mf_scale.evaluation.predict_words import Item, Job, Loaded, Options, PartEnd, Share, Source
-from mf_scale.evaluation.predict_write import PartWriter, committed_parts
+from mf_scale.evaluation.prediction.ahead import ahead, in_background
+from mf_scale.evaluation.prediction.files import FileSource
+from mf_scale.evaluation.prediction.find import Look, Written, categories, find, refused, write
+from mf_scale.evaluation.prediction.finish import finish, tell, thresholds_of
+from mf_scale.evaluation.prediction.input import open_input
+from mf_scale.evaluation.prediction.plan import identity_of, planned_checkpoint, refuse_other, write_plan
+from mf_scale.evaluation.prediction.shards import IndexSource
+from mf_scale.evaluation.prediction.words import Item, Job, Loaded, Options, PartEnd, Share, Source
+from mf_scale.evaluation.prediction.write import PartWriter, committed_parts
 from mf_scale.rundir import RunDir, committed_checkpoints, resolve_checkpoint
 
 READERS = 16

@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from mf_scale.errors import UserError
 from mf_scale.rundir import write_atomically
-from mf_scale.tracking.chart_svg import SERIES
-from mf_scale.tracking.charts import Chart, Line, draw_svg
-from mf_scale.tracking.report_classes import class_values, measure_of
-from mf_scale.tracking.report_compare import Compared, differences, numbers
-from mf_scale.tracking.report_curves import MEASURES, finite, metric_line
-from mf_scale.tracking.report_html import render
-from mf_scale.tracking.report_table import Cell, Column, Table, count, percent
+from mf_scale.tracking.report.chart_svg import SERIES
+from mf_scale.tracking.report.charts import Chart, Line, draw_svg
+from mf_scale.tracking.report.classes import class_values, measure_of
+from mf_scale.tracking.report.compare import Compared, differences, numbers
+from mf_scale.tracking.report.curves import MEASURES, finite, metric_line
+from mf_scale.tracking.report.html import render
+from mf_scale.tracking.report.table import Cell, Column, Table, count, percent
 
 SHOWN = 20
 """Classes that differ most which are shown; the others are folded."""
@@ -47,7 +47,7 @@ def write_comparison(runs: Sequence[Compared], page: Path) -> Path:
         ("classes", "Classes", values["classes"]),
     ]
     text = render(
-        "report_compare.html",
+        "compare.html",
         name=f"{len(runs)} runs side by side",
         subtitle=", ".join(f"{run.letter} {run.name}" for run in runs),
         sections=[(place, title) for place, title, there in wanted if there],

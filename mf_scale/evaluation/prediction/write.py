@@ -14,9 +14,9 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-from mf_scale.evaluation.predict_find import Written
-from mf_scale.evaluation.predict_plan import BOOKS, mark
-from mf_scale.evaluation.predict_words import FILES
+from mf_scale.evaluation.prediction.find import Written
+from mf_scale.evaluation.prediction.plan import BOOKS, mark
+from mf_scale.evaluation.prediction.words import FILES
 from mf_scale.rundir import disk_errors, fsync_folder, write_atomically
 from mf_scale.tracking.pictures import write_bytes
 

@@ -14,9 +14,9 @@ import yaml
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import read_metrics
-from mf_scale.tracking.report import read_evaluations
-from mf_scale.tracking.report_curves import MEASURES, Record, finite
-from mf_scale.tracking.report_table import percent
+from mf_scale.tracking.report.curves import MEASURES, Record, finite
+from mf_scale.tracking.report.page import read_evaluations
+from mf_scale.tracking.report.table import percent
 from mf_scale.tracking.status import RunStatus, run_status
 
 MOST_RUNS = 24

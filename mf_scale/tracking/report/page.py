@@ -16,17 +16,17 @@ from markupsafe import Markup
 
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
-from mf_scale.tracking.charts import Chart, draw
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.pictures import write_bytes
-from mf_scale.tracking.report_curves import MEASURES, finite, layer_table, training_charts
-from mf_scale.tracking.report_data import SourceCounts, class_images, data_view
-from mf_scale.tracking.report_html import render
-from mf_scale.tracking.report_splits import metric_tables, split_view
-from mf_scale.tracking.report_starts import lost_sentence, start_marks, start_table
-from mf_scale.tracking.report_table import count, percent
-from mf_scale.tracking.report_time import step_time
-from mf_scale.tracking.report_wrong import Hang, read_troubles, wrong_tables
+from mf_scale.tracking.report.charts import Chart, draw
+from mf_scale.tracking.report.curves import MEASURES, finite, layer_table, training_charts
+from mf_scale.tracking.report.data import SourceCounts, class_images, data_view
+from mf_scale.tracking.report.html import render
+from mf_scale.tracking.report.splits import metric_tables, split_view
+from mf_scale.tracking.report.starts import lost_sentence, start_marks, start_table
+from mf_scale.tracking.report.table import count, percent
+from mf_scale.tracking.report.time import step_time
+from mf_scale.tracking.report.wrong import Hang, read_troubles, wrong_tables
 from mf_scale.tracking.status import RunStatus, run_status
 
 
@@ -64,7 +64,7 @@ def write_report(run: RunDir, sources: Sequence[SourceCounts] = (), hangs: Seque
         "config": run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else "",
     }
     page = render(
-        "report.html",
+        "page.html",
         name=run.path.resolve().name,
         subtitle="Report of a MaskFormer run · mf_scale",
         sections=_sections(values),
