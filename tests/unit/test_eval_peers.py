@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.detection import PanopticQuality
 
@@ -69,7 +70,7 @@ def _pair(file: Path, annotation: dict[str, Any], label_of: dict[int, int], rand
         truth[ids == segment["id"]] = i
     labels = np.array([label_of[s["category_id"]] for s in segments])
     crowd = np.array([bool(s["iscrowd"]) for s in segments])
-    found = np.full(truth.shape, -1)
+    found: NDArray[np.int64] = np.full(truth.shape, -1)
     found_labels: list[int] = []
     for i in random.permutation(len(segments)).tolist():
         if random.random() < 0.12:
@@ -77,7 +78,7 @@ def _pair(file: Path, annotation: dict[str, Any], label_of: dict[int, int], rand
         found[disturbed(truth == i, random)] = len(found_labels)
         found_labels.append(int(labels[i]) if random.random() < 0.85 else int(random.integers(len(label_of))))
     if random.random() < 0.5:
-        found[: found.shape[0] // 4, : found.shape[-1] // 3] = len(found_labels)  # one that nobody marked  # type: ignore[misc]
+        found[: found.shape[0] // 4, : found.shape[-1] // 3] = len(found_labels)  # one that nobody marked
         found_labels.append(int(random.integers(len(label_of))))
     return Pair(truth, labels, crowd, found, np.array(found_labels, dtype=np.int64))
 
