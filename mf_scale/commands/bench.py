@@ -69,7 +69,16 @@ def _add_index(parts: Any) -> None:
     command = add_command(
         parts, "index", "an index at scale: opening it, memory, one step's plan early and late", _run_index
     )
-    _add_counts(command, ("samples", 1_000_000, "samples of the index, which is made up for the purpose"))
+    _add_counts(
+        command,
+        ("samples", 1_000_000, "samples of the index, which is made up for the purpose: 85 bytes each on the disk"),
+        ("classes", 1000, "classes, with a long tail"),
+        ("global-batch", 512, "samples of a global batch"),
+        ("ranks", 8, "ranks whose shares are simulated"),
+        ("workers", 8, "loader workers of a rank"),
+        ("peer-samples", 1_000_000, "the most that the peer's list takes into memory"),
+    )
+    command.add_argument("--folder", metavar="DIR", help="where the index is made (default: the temporary folder)")
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
@@ -107,7 +116,8 @@ def _run_data(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _run_index(options: argparse.Namespace, _: list[str]) -> int:
-    from mf_scale.bench.index_scale import bench_index
+    from mf_scale.bench.index_scale import Scale, bench_index
 
-    print(bench_index(options.samples, json_file=options.json))
+    scale = Scale(**{name: getattr(options, name) for name in Scale.__dataclass_fields__})
+    print(bench_index(scale, folder=options.folder, json_file=options.json))
     return 0

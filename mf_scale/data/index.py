@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from mf_scale.data.blocks import block_bounds
 from mf_scale.data.cache import CacheSettings, Content, open_storage
 from mf_scale.data.ids import LabelMember
+from mf_scale.data.kept import kept_array
 from mf_scale.data.rows import check_rows
+from mf_scale.data.shard_table import Shard, ShardTable
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -50,18 +52,13 @@ SCHEMA = pa.schema(
 )
 CHUNK = 8 << 20
 """Bytes read at once for a checksum."""
+_LABELS = 1 << 22
+"""Class ids counted at once."""
+_DUMPED = 1024
+"""Shards of the head that are written as text at once for its digest."""
+_ROWS_FORM = 1
+"""Of the checks of all rows."""
 REMEDY = "Make it with `python -m data_tools pack` (or `index` for shards made elsewhere)."
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a source."""
-
-    name: str
-    size: int
-    """Bytes."""
-    sha256: str
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,28 @@ class SampleRecord:
 
 
 def head_digest(head: Mapping[str, Any]) -> str:
-    """sha256 of the head without its digest: shards, columns, vocabulary and treatment, so all of the source."""
-    text = json.dumps({k: v for k, v in head.items() if k != "digest"}, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """sha256 of the head without its digest: shards, columns, vocabulary and treatment, so all of the source.
+
+    The text is json.dumps of the whole, written in pieces: a hundred thousand shards would take 100 MiB at once.
+    """
+    digest = hashlib.sha256(b"{")
+    for number, name in enumerate(sorted(head.keys() - {"digest"})):
+        digest.update(f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: ".encode())
+        for piece in _dumped(head[name]):
+            digest.update(piece.encode())
+    digest.update(b"}")
+    return digest.hexdigest()
+
+
+def _dumped(value: Any) -> Iterator[str]:
+    """json.dumps(value, sort_keys=True, ensure_ascii=False) in pieces."""
+    if not isinstance(value, list) or not value:
+        yield json.dumps(value, sort_keys=True, ensure_ascii=False)
+        return
+    for first in range(0, len(value), _DUMPED):
+        part = json.dumps(value[first : first + _DUMPED], sort_keys=True, ensure_ascii=False)
+        yield (", " if first else "[") + part[1:-1]
+    yield "]"
 
 
 class Index:
@@ -92,8 +108,10 @@ class Index:
     ) -> None:
         self.source, self.cache = source, cache
         self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
-        self.shards = tuple(Shard(**shard) for shard in head["shards"])
-        self.storage = open_storage(source, cache, {s.name: Content(s.sha256, s.size) for s in self.shards})
+        self.shards = ShardTable.from_head(head["shards"])
+        self.storage = open_storage(
+            source, cache, {s.name: Content(s.sha256, s.size) for s in self.shards} if cache else {}
+        )
         self.digest = str(head["digest"])
         self.crowd, self.unlabelled = str(head["crowd"]), str(head["unlabelled"])
         self.kind = str(head["kind"])
@@ -102,6 +120,7 @@ class Index:
         self.columns = dict(head["columns"])
         self.table = table
         self.samples = table.num_rows
+        self._bounds: dict[int, np.ndarray] = {}
 
     @staticmethod
     def open(source: str | Path, cache: CacheSettings | None = None) -> Index:
@@ -118,22 +137,41 @@ class Index:
             head = json.loads(storage.read_all(HEAD))
             _check_head(head, where)
             index = Index(storage.source, head, _open_table(storage, head["columns"]), cache)
-            check_rows(index.table, [s.size for s in index.shards], index.shard_samples, len(index.vocabulary))
+            kept_array(index, ("rows", _ROWS_FORM), index._check_rows, lambda found: True)
         except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
             raise UserError(
                 f"the index is malformed: {type(error).__name__} {error}", where=where, remedy=REMEDY
             ) from error
-        if index.samples != sum(s.samples for s in index.shards) or index.samples == 0:
+        if index.samples != index.shard_samples.sum() or index.samples == 0:
             raise UserError("the index counts its samples wrongly or has none", where=where, remedy=REMEDY)
         return index
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _reopen, (self.source, self.digest, self.cache)
 
-    @cached_property
-    def shard_samples(self) -> list[int]:
-        """Samples of each shard, in order."""
-        return [s.samples for s in self.shards]
+    @property
+    def shard_samples(self) -> np.ndarray:
+        """Samples of each shard in order, int64 [shards]."""
+        return self.shards.samples
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What changes when the bytes of its files do: the digest, and how the kernel knows a local file of columns."""
+        path = self.storage.local_path(self.columns["name"])
+        if path is None:
+            return self.digest, self.columns["sha256"]
+        found = path.stat()
+        return self.digest, str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def block_bounds(self, block_samples: int) -> np.ndarray:
+        """`order.block_bounds` of its shards, int64 [blocks+1]; made once, so that forked workers share it."""
+        if block_samples not in self._bounds:
+            self._bounds[block_samples] = block_bounds(self.shard_samples, block_samples)
+        return self._bounds[block_samples]
+
+    def _check_rows(self) -> np.ndarray:
+        check_rows(self.table, self.shards.sizes, self.shard_samples, len(self.vocabulary))
+        return np.array([self.samples])
 
     def column(self, name: str) -> np.ndarray:
         """A number column as a view of the mapped file: shard, offset, size, height, width, segments."""
@@ -145,15 +183,19 @@ class Index:
         return SampleRecord(**{**row, "shard": self.shards[row["shard"]].name})
 
     def class_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of samples first..end as views: where each list begins and ends, int64 [n+1], and int32 labels."""
+        """Classes of samples first..end: where each begins and ends, int64 [n+1], and int32 labels; views from 0 on."""
         lists = self.table.column("class_ids").chunk(0)[first:end]
         offsets = lists.offsets.to_numpy()
-        return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
+        labels = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+        return offsets - offsets[0] if offsets[0] else offsets, labels
 
     def class_counts(self) -> np.ndarray:
         """Images that hold each class, int64 [K]."""
         _, labels = self.class_lists(0, self.samples)
-        return np.bincount(labels, minlength=len(self.vocabulary)).astype(np.int64)
+        counts = np.zeros(len(self.vocabulary), np.int64)
+        for first in range(0, len(labels), _LABELS):  # bincount takes a copy of eight bytes each
+            counts += np.bincount(labels[first : first + _LABELS], minlength=len(counts))
+        return counts
 
 
 def verify_shards(index: Index, *, checksums: bool) -> None:

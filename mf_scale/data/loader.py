@@ -165,6 +165,8 @@ def train_steps(
             remedy="Open a segment first.",
         )
     orders = {stream.digest: order_of(by_digest[stream.digest], stream) for stream in segment.streams}
+    for stream in segment.streams:  # the epoch's order of blocks, before the workers are forked
+        orders[stream.digest].sample_ids(positions(stream, step)[:1])
     lanes = rank_lanes(segment.global_batch, rank, world)
     places = Places(indexes, max(1, config.workers))
     return _steps(RankStream(tuple(indexes), orders, state, config, lanes, step, places), rank, give_up)

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from mf_scale.data.permutation import key, permute
+from mf_scale.data.blocks import block_bounds
+from mf_scale.data.permutation import key, permute, permute_all
 from mf_scale.data.repeat import UNIT, RepeatFactors
 
-KEPT_EPOCHS = 4
+KEPT_EPOCHS = 2
 """Epochs whose block order is kept in memory; a step touches one or two of them unless G > N."""
 _SOURCE_SPREAD = 0x9E3779B97F4A7C15
 """Sets the seeds of a run's sources apart; the first source's is the run's own."""
@@ -138,26 +139,21 @@ def worker_share(lanes: np.ndarray, worker: int, workers: int) -> WorkerShare:
     return WorkerShare(np.array_split(lanes, workers)[worker], 0, 1)
 
 
-def block_bounds(shard_samples: Sequence[int], block_samples: int) -> np.ndarray:
-    """First sample of every block and N behind them, int64 [blocks+1]; a block never crosses a shard."""
-    starts: list[np.ndarray] = []
-    first = 0
-    for samples in shard_samples:
-        blocks = -(-samples // block_samples)
-        starts.append(first + np.arange(blocks, dtype=np.int64) * samples // max(blocks, 1))
-        first += samples
-    return np.concatenate([*starts, np.array([first], dtype=np.int64)])
-
-
 class SampleOrder:
     """Stream position -> sample id of one stream; remembers the block order of the epochs last asked for.
 
     `repeats` are the source's repeat factors over the same blocks, where the stream has a threshold.
     """
 
-    def __init__(self, stream: Stream, shard_samples: Sequence[int], repeats: RepeatFactors | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        shard_samples: Sequence[int] | np.ndarray,
+        repeats: RepeatFactors | None = None,
+        bounds: np.ndarray | None = None,
+    ) -> None:
         self.stream = stream
-        self.bounds = block_bounds(shard_samples, stream.block_samples)
+        self.bounds = block_bounds(shard_samples, stream.block_samples) if bounds is None else bounds
         self.repeats = repeats
         if int(self.bounds[-1]) != stream.samples:
             raise ValueError(f"the shards hold {self.bounds[-1]} samples, the stream says {stream.samples}")
@@ -176,31 +172,30 @@ class SampleOrder:
 
     def _epoch_ids(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         seed = self.stream.own_seed
-        starts, remainder = self._starts(epoch)
+        remainder = 0 if self.repeats is None else int(key(seed, epoch, _REMAINDER)[0] % np.uint64(UNIT))
         if self.stream.shuffle == "full":
             copies = permute(offsets, self.stream.length, key(seed, epoch, 0))
-            return copies if self.repeats is None else self.repeats.samples_of(copies, starts, remainder)
-        order, ends = self._block_order(epoch, starts)
+            return copies if self.repeats is None else self.repeats.samples_of(copies, remainder)
+        order, ends = self._block_order(epoch, remainder)
         slots = np.searchsorted(ends, offsets, side="right")
-        blocks = order[slots]
-        sizes = starts[blocks + 1] - starts[blocks]
+        blocks = order[slots].astype(np.int64)
+        starts = self._copies_before(blocks, remainder)
+        sizes = self._copies_before(blocks + 1, remainder) - starts
         inside = offsets - (ends[slots] - sizes)
-        copies = starts[blocks] + permute(inside, sizes, key(seed, epoch, blocks + 1))
-        return copies if self.repeats is None else self.repeats.samples_of(copies, starts, remainder)
+        copies = starts + permute(inside, sizes, key(seed, epoch, blocks + 1))
+        return copies if self.repeats is None else self.repeats.samples_of(copies, remainder)
 
-    def _starts(self, epoch: int) -> tuple[np.ndarray, int]:
-        """Copies before every block in an epoch, int64 [blocks+1], and the epoch's remainder of repeats."""
-        if self.repeats is None:
-            return self.bounds, 0
-        remainder = int(key(self.stream.own_seed, epoch, _REMAINDER)[0] % np.uint64(UNIT))
-        return self.repeats.copies_before(remainder), remainder
+    def _copies_before(self, blocks: np.ndarray | slice, remainder: int) -> np.ndarray:
+        """Copies before each of these blocks in an epoch with this remainder of repeats, int64."""
+        return self.bounds[blocks] if self.repeats is None else self.repeats.copies_before(blocks, remainder)
 
-    def _block_order(self, epoch: int, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks in the epoch's order, and the offset behind each of them."""
+    def _block_order(self, epoch: int, remainder: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks in the epoch's order, int32 where they fit, and the offset behind each of them, int64."""
         if epoch not in self._epochs:
             if len(self._epochs) >= KEPT_EPOCHS:
                 self._epochs.pop(min(self._epochs))
             count = len(self.bounds) - 1
-            order = permute(np.arange(count), count, key(self.stream.own_seed, epoch, 0))
-            self._epochs[epoch] = order, np.cumsum(starts[order + 1] - starts[order])
+            order = permute_all(count, key(self.stream.own_seed, epoch, 0))
+            sizes = np.diff(self._copies_before(np.s_[:], remainder))
+            self._epochs[epoch] = order, np.cumsum(sizes[order])
         return self._epochs[epoch]

@@ -6,6 +6,8 @@ import numpy as np
 
 ROUNDS = 8
 """Rounds of the Feistel network: enough for an even spread on the smallest blocks too."""
+_CHUNK = 1 << 15
+"""Elements that go through the tables at once: they stay in a core's cache."""
 
 
 def key(seed: int, epoch: int, part: np.ndarray | int) -> np.ndarray:
@@ -24,12 +26,35 @@ def permute(index: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.n
     index, size, keys = np.broadcast_arrays(
         np.asarray(index).astype(np.uint64), np.asarray(size).astype(np.uint64), keys
     )
-    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
-    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
+    half = _half_bits(size)
     value = _feistel(index, half, keys)
     while (outside := value >= size).any():
         value[outside] = _feistel(value[outside], half[outside], keys[outside])
     return value.astype(np.int64)
+
+
+def permute_all(size: int, keys: np.ndarray) -> np.ndarray:
+    """`permute(np.arange(size), size, keys)` for one key, int32 where it fits, several times faster.
+
+    A round sees one half of the value only, so a table of the square root of the domain holds all it can answer.
+    """
+    half = int(_half_bits(np.array([size], np.uint64))[0])
+    halves = np.arange(1 << half, dtype=np.uint64)
+    mask = np.uint64((1 << half) - 1)
+    tables = [(_mix(halves ^ _mix(keys + np.uint64(number))) & mask).astype(np.intp) for number in range(ROUNDS)]
+    permuted = np.empty(size, np.int32 if size <= 1 << 31 else np.int64)
+    for first in range(0, size, _CHUNK):
+        value = _by_tables(np.arange(first, min(first + _CHUNK, size), dtype=np.intp), half, tables)
+        while len(outside := np.flatnonzero(value >= size)):
+            value[outside] = _by_tables(value[outside], half, tables)
+        permuted[first : first + _CHUNK] = value
+    return permuted
+
+
+def _half_bits(size: np.ndarray) -> np.ndarray:
+    """Bits of one half of the smallest square domain that holds `size`, uint64."""
+    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
+    return np.maximum((bits + 1) // 2, 1).astype(np.uint64)
 
 
 def _feistel(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -37,6 +62,15 @@ def _feistel(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarra
     left, right = value >> half, value & mask
     for number in range(ROUNDS):
         left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(number))) & mask)
+    return (left << half) | right
+
+
+def _by_tables(value: np.ndarray, half: int, tables: list[np.ndarray]) -> np.ndarray:
+    """`_feistel`, its rounds looked up."""
+    left, right = value >> half, value & ((1 << half) - 1)
+    for table in tables:
+        left ^= table.take(right, mode="clip")  # raising would copy through a buffer
+        left, right = right, left
     return (left << half) | right
 
 

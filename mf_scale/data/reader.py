@@ -8,7 +8,6 @@ import numpy as np
 
 from mf_scale.data.decode import LABEL_VALUES, StoredSample, decode_sample
 from mf_scale.data.index import Index
-from mf_scale.data.order import block_bounds
 from mf_scale.data.samples import BadSample, RawSample, parse_sample
 from mf_scale.errors import GuardError
 
@@ -23,7 +22,7 @@ class SampleReader:
 
     def __init__(self, index: Index, *, block_samples: int, budget: int, max_pixels: int) -> None:
         self.index = index
-        self.bounds = block_bounds(index.shard_samples, block_samples)
+        self.bounds = index.block_bounds(block_samples)
         self.budget, self.max_pixels = budget, max_pixels
         self._table = None if index.labels is None else index.labels.ids.table(index.vocabulary, LABEL_VALUES)
         self._keys = index.table.column("key").chunk(0)

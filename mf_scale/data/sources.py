@@ -10,7 +10,7 @@ import numpy as np
 from mf_scale.config.schema import Config, DataConfig, SourceConfig
 from mf_scale.data.cache import cache_settings
 from mf_scale.data.index import KINDS, Index
-from mf_scale.data.order import SampleOrder, Stream, block_bounds
+from mf_scale.data.order import SampleOrder, Stream
 from mf_scale.data.repeat import repeat_factors
 from mf_scale.data.state import DataState, SourcePart, open_segment
 from mf_scale.errors import UserError
@@ -106,9 +106,9 @@ def _shares(weights: Sequence[float], global_batch: int) -> list[int]:
 
 def order_of(index: Index, stream: Stream) -> SampleOrder:
     """The order of a source's stream; the repeat factors come from its index."""
-    bounds = block_bounds(index.shard_samples, stream.block_samples)
+    bounds = index.block_bounds(stream.block_samples)
     repeats = repeat_factors(index, stream.repeat_threshold, bounds) if stream.repeat_threshold else None
-    return SampleOrder(stream, index.shard_samples, repeats)
+    return SampleOrder(stream, index.shard_samples, repeats, bounds)
 
 
 def continue_order(
@@ -135,8 +135,7 @@ def continue_order(
 def _length(index: Index, data: DataConfig) -> int:
     if not data.repeat_threshold:
         return index.samples
-    ends = np.array([0, index.samples], np.int64)
-    return repeat_factors(index, data.repeat_threshold, ends).length
+    return repeat_factors(index, data.repeat_threshold, index.block_bounds(data.block_samples)).length
 
 
 def describe_sources(indexes: Sequence[Index], state: DataState, step: int) -> list[str]:

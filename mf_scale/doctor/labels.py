@@ -38,7 +38,8 @@ def judge_labels(config: Config, sources: Sequence[Index], validation: Index | N
     usable = _usable(config, vocabulary.things)
     images = np.sum([index.class_counts() for index in sources], axis=0) * usable
     samples = sum(index.samples for index in sources)
-    empty = sum(int((segment_counts(index, config.data.task) == 0).sum()) for index in sources)
+    pieces = (piece for index in sources for piece in segment_counts(index, config.data.task))
+    empty = sum(int((piece == 0).sum()) for piece in pieces)
     absent = [
         name for name, count, wanted in zip(vocabulary.names, images, usable, strict=True) if wanted and not count
     ]

@@ -16,8 +16,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+
+from mf_scale.user_cache import cache_folders, is_ours_alone
 
 SOURCE = Path(__file__).with_name("native.cpp")
 # Sums inside a row may be reordered (omp simd), nothing else is loosened: infinities and NaN keep their meaning.
@@ -46,24 +47,18 @@ def library() -> ctypes.CDLL:
 def _kept(compiler: list[str], name: str) -> ctypes.CDLL:
     """The library in the first folder that can keep it; raises NoNativeLibraryError for the compiler or all folders."""
     reasons = []
-    for folder in _folders():
+    for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not _is_ours_alone(folder, stat.S_ISDIR):
+            if not is_ours_alone(folder, stat.S_ISDIR):
                 reasons.append(f"{folder}: others own it or may write to it, or it is a link")
                 continue  # somebody else's file would be run
-            if not (folder / name).exists() or not _is_ours_alone(folder / name, stat.S_ISREG):
+            if not (folder / name).exists() or not is_ours_alone(folder / name, stat.S_ISREG):
                 _compile(compiler, folder / name)
             return _load(folder / name)
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
     raise NoNativeLibraryError(f"the library cannot be kept anywhere ({', '.join(reasons)})")
-
-
-def _is_ours_alone(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Of this kind and not a link, our own, and for nobody else to write; raises OSError."""
-    found = path.lstat()
-    return is_kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -98,23 +93,13 @@ def _fingerprint(compiler: list[str]) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _folders() -> list[Path]:
-    """Where the library may be kept: the user's cache, else a folder of the user's own among the temporary files."""
-    folders = [Path(tempfile.gettempdir()) / f"mf_scale-{os.getuid()}"]
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    except RuntimeError:  # a user without a home
-        return folders
-    return [cache / "mf_scale", *folders]
-
-
 def _compile(compiler: list[str], target: Path) -> None:
     """Build under another name and rename: ranks that start together each find nothing or a whole file."""
     handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
         _run([*compiler, *_FLAGS, "-o", draft, str(SOURCE)], compiler)
-        Path(draft).chmod(0o700)  # whatever the umask: `_is_ours_alone` must hold
+        Path(draft).chmod(0o700)  # whatever the umask: `is_ours_alone` must hold
         Path(draft).replace(target)
     finally:
         Path(draft).unlink(missing_ok=True)

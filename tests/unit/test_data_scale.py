@@ -6,6 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +21,15 @@ from mf_scale.bench import index_scale
 from mf_scale.bench.index_made import write_index
 from mf_scale.bench.index_scale import Scale, bench_index
 from mf_scale.data import index as index_module
-from mf_scale.data import kept
+from mf_scale.data import kept, loader, rows
 from mf_scale.data.blocks import block_bounds
 from mf_scale.data.index import COLUMNS, HEAD, Index, Shard, head_digest
 from mf_scale.data.order import SampleOrder, Stream, positions
-from mf_scale.data.repeat import repeat_factors
+from mf_scale.data.repeat import UNIT, repeat_factors
 from mf_scale.data.shard_table import ShardTable
 from mf_scale.data.sources import order_of
 from mf_scale.errors import UserError
-from tests.sources import make_source
+from tests.sources import make_source, open_state, small_config
 from tests.unit.test_untrusted_shards import rewritten
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "orders.json").read_text())
@@ -84,7 +86,9 @@ def test_memory_does_not_grow_with_the_images(large):
     assert peak_mib(lambda: Index.open(large)) < 45  # the head: 1200 shards and 20,000 classes
     index = Index.open(large)
     assert len(index.class_lists(0, index.samples)[1]) * 8 > 50 * MIB
+    assert peak_mib(index._check_rows) < 10
     assert peak_mib(index.class_counts) < 40
+    assert np.array_equal(index.class_counts(), np.bincount(index.class_lists(0, index.samples)[1], minlength=20_000))
     bounds = index.block_bounds(128)
     assert peak_mib(lambda: repeat_factors(index, 0.001, bounds)) < 45
     repeats = repeat_factors(index, 0.001, bounds)
@@ -98,6 +102,18 @@ def test_blocks_share_one_table_of_bounds(large):
     stream = Stream(0, index.digest, index.samples, index.samples, 4096, 0, 128, "blocks", 0.0, 0, 0)
     assert order_of(index, stream).bounds is index.block_bounds(128)
     assert np.array_equal(index.block_bounds(128), block_bounds([1000] * 1200, 128))
+
+
+def test_workers_are_forked_with_the_order_of_the_epoch(tmp_path, monkeypatch):
+    index = make_source(tmp_path, [40, 24])
+    streams: list[Any] = []
+    monkeypatch.setattr(loader, "_steps", lambda stream, rank, give_up: streams.append(stream))
+    config = small_config(block_samples=10)
+    loader.train_steps([index], open_state(index, config, 8), config, rank=0, world=1, step=17)
+    (order,) = streams[0].orders.values()
+    made = order._epochs.copy()
+    order.sample_ids(positions(order.stream, 17))
+    assert made and order._epochs.keys() == made.keys()
 
 
 def test_all_rows_are_checked_once_and_again_when_the_file_changes(large, monkeypatch, own_cache):
@@ -130,6 +146,18 @@ def test_all_rows_are_checked_once_and_again_when_the_file_changes(large, monkey
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_rows_are_compared_across_the_chunks_they_are_looked_at_in(tmp_path, monkeypatch, chunk):
+    index = make_source(tmp_path, [4, 3])
+    monkeypatch.setattr(rows, "_CHUNK", chunk)
+    Index.open(tmp_path)
+    offsets = index.column("offset").tolist()
+    for row in (1, 2, 3, 5, 6):
+        rewritten(index, {"offset": [*offsets[:row], offsets[row] - 512, *offsets[row + 1 :]]})
+        with pytest.raises(UserError, match="two samples overlap"):
+            Index.open(tmp_path)
+
+
 def test_an_index_that_lies_leaves_no_mark(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr(kept, "KEPT_FROM", 1)
     index = make_source(tmp_path / "source", [3, 2])
@@ -158,22 +186,58 @@ def test_repeat_factors_are_summed_once_and_kept_by_their_law(tmp_path, monkeypa
     assert len(list(own_cache.glob("*.kept"))) == 3
 
 
-@pytest.mark.parametrize("change", [(slice(-1, None), 1), (slice(3, 60), 0), (slice(1, 2), 7)])
-def test_sums_that_cannot_be_are_made_again(tmp_path, monkeypatch, own_cache, change):
-    """Whoever wrote them, and with a fitting digest: nothing outside the index is ever read by them."""
+def _ascends_no_more(sums: np.ndarray, strided: np.ndarray) -> None:
+    sums[5] = sums[4]
+
+
+def _stretch_without_copies(sums: np.ndarray, strided: np.ndarray) -> None:
+    strided[7] = strided[6] + 1
+
+
+def _begins_late(sums: np.ndarray, strided: np.ndarray) -> None:
+    strided[0] = -1
+
+
+def _half_a_copy(sums: np.ndarray, strided: np.ndarray) -> None:
+    sums[-1] = strided[-1] = sums[-1] + UNIT // 2
+
+
+def _two_lengths(sums: np.ndarray, strided: np.ndarray) -> None:
+    strided[-1] += UNIT
+
+
+@pytest.mark.parametrize(
+    "spoil", [_ascends_no_more, _stretch_without_copies, _begins_late, _half_a_copy, _two_lengths, None]
+)
+def test_sums_that_cannot_be_are_made_again(tmp_path, monkeypatch, own_cache, spoil):
+    """Whoever wrote them, and with a fitting digest: what is read of the index by them lies in it."""
     write_index(tmp_path, 5000, 50)
     monkeypatch.setattr(kept, "KEPT_FROM", 1)
     index = Index.open(tmp_path)
-    before = {path: path.stat().st_size for path in own_cache.glob("*.kept")}
+    mark = set(own_cache.glob("*.kept"))
     plain = repeat_factors(index, 0.1, index.block_bounds(128))
-    (made,) = set(own_cache.glob("*.kept")) - before.keys()
+    (made,) = set(own_cache.glob("*.kept")) - mark
     numbers = np.frombuffer(made.read_bytes()[32:], np.int64).copy()
-    where, add = change
-    numbers[where] = numbers[where] + add if add else 0
-    if not add:
-        numbers[60:] = numbers[60:][::-1]
-    kept._write(made, numbers)
-    assert np.array_equal(repeat_factors(index, 0.1, index.block_bounds(128)).sums, plain.sums)
+    if spoil:
+        spoil(*np.split(numbers[51:], [len(plain.bounds)]))
+    kept._write(made, numbers if spoil else numbers[:-1])
+    again = repeat_factors(index, 0.1, index.block_bounds(128))
+    assert np.array_equal(again.sums, plain.sums) and np.array_equal(again.strided, plain.strided)
+    assert np.frombuffer(made.read_bytes()[32:], np.int64).tolist() == [
+        plain.added,
+        *plain.class_factors,
+        *plain.sums,
+        *plain.strided,
+    ]
+
+
+def test_a_copy_at_the_very_bound_belongs_to_the_sample_behind_it(tmp_path):
+    """Factors of one, so every sum is a whole number of copies, and a remainder of none meets it exactly."""
+    write_index(tmp_path, 500, 5)
+    index = Index.open(tmp_path)
+    repeats = repeat_factors(index, 1e-9, index.block_bounds(128))
+    for remainder in (0, 1, UNIT - 1):
+        assert repeats.samples_of(np.arange(500), remainder).tolist() == list(range(500))
 
 
 def test_processes_that_start_together_work_it_out_once(tmp_path, own_cache):
@@ -186,6 +250,7 @@ def _keep(calls: str) -> list[int]:
     def make() -> np.ndarray:
         with Path(calls).open("a") as file:
             file.write("made\n")
+        time.sleep(0.2)
         return np.array([5, 6])
 
     source: Any = SimpleNamespace(samples=kept.KEPT_FROM, identity=("digest",))
@@ -209,7 +274,7 @@ def test_what_nobody_reads_goes(tmp_path, own_cache):
 
 
 def test_the_table_of_shards_gives_back_what_it_was_told():
-    told = [{"name": f"é-{i}.tar", "size": 1 << 40, "sha256": f"{i:064x}", "samples": i} for i in range(5)]
+    told: list[Any] = [{"name": f"é-{i}.tar", "size": 1 << 40, "sha256": f"{i:064x}", "samples": i} for i in range(5)]
     table = ShardTable.from_head(told)
     assert list(table) == [Shard(**row) for row in told] and table[-1] == table[4] and len(table[1:3]) == 2
     assert table.samples.tolist() == [0, 1, 2, 3, 4]
@@ -250,3 +315,21 @@ def test_the_bench_runs_and_its_shares_are_the_plan(tmp_path, monkeypatch):
     for wrong, said in ((Scale(100), "too few"), (Scale(ranks=7), "cannot share"), (Scale(10**13), "GB, .* are free")):
         with pytest.raises(UserError, match=said):
             bench_index(wrong, folder=str(tmp_path))
+
+
+@pytest.mark.soak
+def test_a_hundred_million_images_on_512_ranks(tmp_path):
+    """Under 200 MiB of memory a process; plans under 50 ms on an idle machine, here with room for a busy one."""
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("an index of a hundred million samples takes 8.4 GB")
+    scale = Scale(100_000_000, 20_000, 4096, 512, 8, 100_000)
+    bench_index(scale, folder=str(tmp_path), json_file=str(tmp_path / "told.json"))
+    readings = json.loads((tmp_path / "told.json").read_text())["readings"]
+    ours = [reading for name, reading in readings.items() if name != "list in memory"]
+    assert len(ours) == 8 and [r["samples"] for r in ours].count(100_000_000) == 7
+    for reading in ours:
+        assert max(reading["private_mib"], reading["peak_mib"], reading["worker_mib"]) < 200
+        assert max(reading["first_plan_ms"], reading["late_plan_ms"], reading["next_plan_ms"]) < 250
+    assert all(
+        reading["open_s"] < 5 and reading["order_s"] < 1 for name, reading in readings.items() if "later" in name
+    )
