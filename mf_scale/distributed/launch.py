@@ -37,6 +37,8 @@ def launch(arguments: Sequence[str], processes: int, asked: Sequence[str], held:
         children: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(processes):
+                if asked:  # before they can have met: nothing was begun, and those that are there would wait
+                    return EXIT_STOPPED
                 children.append(_start(arguments, rank, processes, str(Path(folder, "rendezvous")), held))
             return _wait(children, asked)
         finally:

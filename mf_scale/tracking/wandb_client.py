@@ -43,7 +43,11 @@ def serve(lines: IO[bytes]) -> int:
         {"finish": 1},
     ]
     for text in lines:
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:  # the trainer was killed while it told it
+            failures += 1
+            continue
         if "finish" in line:
             last = [line]
             break
@@ -119,6 +123,9 @@ class Client:
     def _log_evaluation(self, name: str, at: int) -> None:
         """Tables and pictures of RUN/report/NAME."""
         results = json.loads((self._report / Path(name).name).read_text(encoding="utf-8"))
+        if results.get("step") != at:
+            print(f"the evaluation of step {at} was replaced before it was told: mf-scale wandb-sync has its numbers")
+            return
         self._log({STEP: at, **self._shown(results, f"evaluation/{results['split']}")}, at)
 
     def _shown(self, results: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -81,8 +81,12 @@ class WandbRun:
         if self._child is None or self._thread is None:
             return None if not self.dropped else f"W&B could not be started; see {self.log_file}"
         deadline = time.monotonic() + timeout
-        with contextlib.suppress(queue.Full):
-            self._lines.put({"finish": exit_code, "preempting": preempting}, timeout=timeout)
+        last = {"finish": exit_code, "preempting": preempting}
+        # A client that is gone takes nothing any more: nobody waits for it.
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Full):
+                self._lines.put(last, timeout=0.1)
+                break
         self._thread.join(max(0.0, deadline - time.monotonic()))
         child, self._thread = self._child, None
         try:
@@ -106,9 +110,12 @@ class WandbRun:
         if self._thread is None:
             return  # there is no client, or it is over
         try:
-            self._lines.put_nowait(line)
+            if self._thread.is_alive():
+                self._lines.put_nowait(line)
+                return
         except queue.Full:
-            self.dropped += 1
+            pass
+        self.dropped += 1
 
     def _feed(self) -> None:
         """Body of the daemon thread: queue -> pipe, until the finish line or a broken pipe."""

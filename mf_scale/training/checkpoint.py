@@ -51,7 +51,7 @@ class Commit:
 def begin(run: RunDir, fence: Fence, step: int, world: World, problem: str | None) -> str | None:
     """Make the empty temporary folder, unless some rank has a `problem`; all call it. Returns None, or why not.
 
-    Raises FencedError on every rank where another start has taken the run over.
+    Where another start has taken the run over, raises FencedError on rank 0 and GuardError on the others.
     """
     problems = comm.gather_objects(problem)
     answer: str | None = comm.on_first_rank(lambda: _begin(run, fence, step, problems or []))
@@ -74,7 +74,7 @@ def commit(run: RunDir, fence: Fence, step: int, world: World, written: Outcome)
     """Make a checkpoint of what the ranks wrote; all call it with the outcome of their `write_files`.
 
     A failure of any rank (a full disk) removes the temporary folder and leaves the earlier checkpoints as they are.
-    Raises FencedError on every rank where another start has taken the run over.
+    Where another start has taken the run over, raises FencedError on rank 0 and GuardError on the others.
     """
     reports = comm.gather_objects({"problem": written.problem, "files": written.result})
     return Commit(*comm.on_first_rank(lambda: _commit(run, fence, step, world, reports or [])))

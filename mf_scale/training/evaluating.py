@@ -24,11 +24,11 @@ from mf_scale.config.schema import Config
 from mf_scale.data.index import Index
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
-from mf_scale.errors import UserError
+from mf_scale.errors import GuardError, UserError
 from mf_scale.fragments import AVERAGE, WEIGHT
 from mf_scale.models.build import build_model
 from mf_scale.rundir import RunDir
-from mf_scale.training.fence import Fence, FencedError
+from mf_scale.training.fence import Fence
 from mf_scale.training.recorder import Recorder
 from mf_scale.training.saver import Saver
 from mf_scale.training.session import Session
@@ -68,11 +68,12 @@ def evaluate_now(
     watchdog: Watchdog,
     evaluate: Evaluate,
     stop_wanted: Callable[[], bool],
+    adds: Callable[[], bool],
 ) -> float:
     """Evaluate the present weights on all ranks; seconds it took. A stop in between leaves the evaluation due.
 
-    Checkpoints go on meanwhile. An evaluation that fails (a sample that does not decode, a full disk) is told and does
-    not end the run; FencedError does.
+    Checkpoints go on meanwhile, where one `adds` to those that there are. An evaluation that fails (a sample that does
+    not decode, a full disk) is told and does not end the run; a GuardError does: the run is another start's by now.
     """
     began, state, config = time.perf_counter(), session.state, session.config
     assert session.validation is not None
@@ -91,7 +92,7 @@ def evaluate_now(
         save, written = comm.sum_array(np.array([saver.due_by_time(), saver.written()], dtype=np.int64)).tolist()
         if written == session.world.size:
             saver.commit()
-        if save and saver.newest < state.step:
+        if save and saver.newest < state.step and adds():
             saver.save()
             watchdog.alive(EVALUATION, state.step, turn)
         return stop_wanted()
@@ -102,16 +103,16 @@ def evaluate_now(
         told: dict[str, Any] = {"run": session.run, "fence": session.fence, "step": state.step, "stop": stop}
         try:
             results = evaluate(model, session.validation, config, session.world, **told)
-        except FencedError:
+        except GuardError:  # FencedError on the rank that found it, GuardError on those that heard of it
             raise
         except UserError as error:
             problem = error
         del model
     if problem is not None:
         state.evaluated = state.step
-        recorder.event("evaluation_failed", reason=problem.what)
-        recorder.note(f"step {state.step:,}: the evaluation failed, the run goes on: {problem.what}")
-        recorder.alert("evaluation failed", problem.what)
+        recorder.event("evaluation_failed", reason=problem.what, where=problem.where, remedy=problem.remedy)
+        recorder.note(f"step {state.step:,}: the evaluation failed, the run goes on: {problem}")
+        recorder.alert("evaluation failed", str(problem))
     elif results is not None:
         state.evaluated = state.step
         recorder.evaluation(results)
@@ -157,12 +158,15 @@ def _load_present(session: Session, model: nn.Module, use_average: bool) -> None
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """A block that leaves the generators as they were, with Python's collector at work, and the GPU's memory tidy."""
     generators = random.getstate(), np.random.get_state()
-    collecting = gc.isenabled()
+    collecting, tried = gc.isenabled(), torch.backends.cudnn.benchmark
     gc.enable()
+    # Every image has a size of its own: each would be tried anew, and the choice is a matter of time, not of numbers.
+    torch.backends.cudnn.benchmark = False
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
+        torch.backends.cudnn.benchmark = tried
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         gc.collect()

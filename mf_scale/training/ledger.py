@@ -23,7 +23,7 @@ from mf_scale.training.session import Session
 from mf_scale.training.spike import SpikeGuard
 from mf_scale.training.startup import seconds_since_start
 from mf_scale.training.step import StepResult, StepValues
-from mf_scale.training.straggler import Stragglers, host_of, straggler_sentence
+from mf_scale.training.straggler import Stragglers, host_of, slowest, straggler_sentence
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Ledger:
             self._recorder.note(f"non-finite matching costs were replaced: {result.replaced_costs[0]}")
         if self._due(result.step):
             self.write_line(values, result.step)
-        self._name_straggler(times, result.step)
+        self._compare_ranks(times, result.step)
         self._guard(result, values)
 
     def loss_share(self) -> float:
@@ -135,9 +135,13 @@ class Ledger:
         means = self._meter.read()
         self._recorder.step(step, means, updates=state.updates, lr=session.config.optimizer.lr * factor, **more)
 
-    def _name_straggler(self, times: StepTimes, step: int) -> None:
+    def _compare_ranks(self, times: StepTimes, step: int) -> None:
         config = self._session.config.train
-        found = self._stragglers.add(times, counts=not is_profiled(config, step))
+        ranks = self._stragglers.add(times, counts=not is_profiled(config, step))
+        if ranks is None:
+            return
+        self._recorder.event("ranks", step=step, **ranks.told())
+        found = slowest(ranks, config.straggler_factor)
         if found is None:
             return
         host = host_of(found.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from mf_scale import faults
@@ -66,12 +67,12 @@ class Looks:
             self._recorder.note(f"step {step}: validation loss {values['loss']:.4g}{bad}")
         return time.perf_counter() - began
 
-    def evaluate(self) -> float:
-        """Evaluate where it is due; seconds it took."""
+    def evaluate(self, adds: Callable[[], bool]) -> float:
+        """Evaluate where it is due; seconds it took. `adds`: a checkpoint would hold other weights than the newest."""
         if self._evaluate is None or not evaluation_due(self._session, self._evaluate):
             return 0.0
         parts = self._session, self._recorder, self._saver, self._watchdog
-        return evaluate_now(*parts, self._evaluate, lambda: self._flag.wanted)
+        return evaluate_now(*parts, self._evaluate, lambda: self._flag.wanted, adds)
 
     def _stop_wanted(self) -> bool:  # asked once a batch
         self._watchdog.alive("validation", self._session.state.step)

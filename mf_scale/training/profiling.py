@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mf_scale import faults
 from mf_scale.config.schema import TrainConfig
+from mf_scale.distributed.failures import name_rank
 from mf_scale.errors import UserError
 from mf_scale.rundir import disk_errors, fsync_folder
 from mf_scale.training.recorder import Recorder
@@ -84,7 +86,7 @@ class Profiler:
                 torch.cuda.synchronize(self._session.device)  # what the last step began belongs to it
             recorded, self._profile = self._profile, None
             recorded.stop_trace()
-            self._recorder.note(self._written(recorded, step))
+            self._say(self._written(recorded, step))
             self._first = 0
         return time.perf_counter() - began
 
@@ -98,9 +100,14 @@ class Profiler:
         self._profile.stop_trace()
         self._profile = None
         if self._first:
-            self._recorder.note(
-                f"the run stops within train.profile: what was recorded from step {self._first} is lost"
-            )
+            self._say(f"the run stops within train.profile: what was recorded from step {self._first} is lost")
+
+    def _say(self, text: str) -> None:
+        """To the console, also from another rank than the first, which is the only one that the recorder hears."""
+        if self._session.world.first:
+            self._recorder.note(text)
+        else:
+            print(name_rank(text, self._session.world), file=sys.stderr, flush=True)
 
     def _end_mark(self) -> None:
         if self._marked is not None:

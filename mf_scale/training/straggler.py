@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from mf_scale.config.schema import TrainConfig
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
-from mf_scale.training.phases import OWN, StepTimes
+from mf_scale.training.phases import OWN, PHASES, StepTimes
 
 LEAST_SHARE = 0.05
 """Of a step: what a rank costs the others below it is not worth a word, however many times slower it is."""
+RANKS_TOLD = 16
+"""Ranks that a line of metrics.jsonl lists, the slowest first: of few ranks all."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,51 @@ class Straggler:
     """Seconds that the others wait for it, a step."""
 
 
+@dataclass(frozen=True)
+class RankTimes:
+    """Mean seconds a step of every rank, over `train.straggler_every` steps."""
+
+    phases: NDArray[np.float64]
+    """[ranks,PHASES]"""
+    own: NDArray[np.float64]
+    """[ranks,OWN]"""
+    seconds: NDArray[np.float64]
+    """[ranks]: a whole step."""
+
+    def told(self) -> dict[str, Any]:
+        """For metrics.jsonl: [least, median, most] of each phase, the RANKS_TOLD ranks with the most own seconds."""
+        spread = np.quantile(self.phases, [0, 0.5, 1], axis=0).T.round(6).tolist()
+        order = np.argsort(-self.own.sum(axis=1), kind="stable")[:RANKS_TOLD].tolist()
+        named = self.phases.round(6).tolist()
+        slowest = [
+            {"rank": rank, "own": round(float(self.own[rank].sum()), 6), **dict(zip(PHASES, named[rank], strict=True))}
+            for rank in order
+        ]
+        return {"phases": dict(zip(PHASES, spread, strict=True)), "slowest": slowest}
+
+
 class Stragglers:
-    """Adds up the own seconds of this rank and compares them with the others'."""
+    """Adds up the seconds of this rank and compares them with the others'."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self._every = config.straggler_every if world.size > 1 else 0
-        self._factor, self._world = config.straggler_factor, world
+        self._world = world
         self._warm = False
         self._reset()
 
     def _reset(self) -> None:
-        self._sums, self._steps = np.zeros(len(OWN) + 1), 0
+        self._sums, self._steps = np.zeros(len(PHASES) + len(OWN) + 1), 0
 
-    def add(self, times: StepTimes, *, counts: bool = True) -> Straggler | None:
-        """Take a step; on all ranks together. After `straggler_every` of them the straggler, where there is one.
+    def add(self, times: StepTimes, *, counts: bool = True) -> RankTimes | None:
+        """Take a step; on all ranks together. After `straggler_every` of them the times of all ranks.
 
         The first step of a session, which compiles and probes, is left out, and those that do not `counts`.
         """
         if not self._warm or not counts or not self._every:
             self._warm = True
             return None
-        self._sums += [*(times.own[phase] for phase in OWN), times.seconds]
+        own = (times.own[phase] for phase in OWN)
+        self._sums += [*(times.phases[phase] for phase in PHASES), *own, times.seconds]
         self._steps += 1
         if self._steps < self._every:
             return None
@@ -64,14 +91,15 @@ class Stragglers:
         table[self._world.rank] = self._sums / self._steps
         self._reset()
         table = comm.sum_array(table)
-        return slowest(table[:, :-1], float(np.median(table[:, -1])), self._factor)
+        return RankTimes(table[:, : len(PHASES)], table[:, len(PHASES) : -1], table[:, -1])
 
 
-def slowest(own: NDArray[np.float64], step: float, factor: float) -> Straggler | None:
-    """The rank with the most own seconds, `own` [ranks,OWN], in steps of `step` seconds; None where it matters not.
+def slowest(times: RankTimes, factor: float) -> Straggler | None:
+    """The rank with the most own seconds; None where it matters not.
 
     It does from `factor` times the median of the other ranks on, and from LEAST_SHARE of the step.
     """
+    own, step = times.own, float(np.median(times.seconds))
     totals = own.sum(axis=1)
     rank = int(totals.argmax())
     others = np.delete(own, rank, axis=0)

@@ -127,7 +127,7 @@ def _run_steps(
     faults.reach("train.first", rank=session.world.rank, step=state.step)
     # What a stop interrupted is made up for.
     ledger.pause(looks.validate())
-    ledger.pause(looks.evaluate())
+    ledger.pause(looks.evaluate(partial(_adds, session, saver, ledger)))
     with (
         closing(_stream(session, flag)) as stream,
         held_off_the_step(config.train.gc_every) as collector,
@@ -180,7 +180,7 @@ def _run_steps(
             ledger.pause(looks.validate())
             if _best_here(session) or (_save_due(session) and _adds(session, saver, ledger)):
                 ledger.pause(saver.save())
-            ledger.pause(looks.evaluate())
+            ledger.pause(looks.evaluate(partial(_adds, session, saver, ledger)))
     if comm.sum_array(np.array([int(recorder.failure is not None)]))[0]:
         saver.save_last()
         comm.together(lambda: _raise(recorder.failure))

@@ -15,7 +15,7 @@ from torch import nn
 from mf_scale.config.schema import Config
 from mf_scale.data.state import DataState
 from mf_scale.distributed.env import World
-from mf_scale.errors import UserError
+from mf_scale.errors import GuardError, UserError
 from mf_scale.training import evaluating
 from mf_scale.training.evaluating import _undisturbed, evaluate_now, evaluation_due
 from mf_scale.training.fence import FencedError
@@ -75,8 +75,8 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(config=config, state=state, validation="index", **rest)
 
 
-def run(session: Any, desk: Any, evaluate: Any, stop: Any = lambda: False) -> float:
-    return evaluate_now(session, desk, desk, desk, evaluate, stop)
+def run(session: Any, desk: Any, evaluate: Any, stop: Any = lambda: False, adds: Any = lambda: True) -> float:
+    return evaluate_now(session, desk, desk, desk, evaluate, stop, adds)
 
 
 def two_images(*_: Any, stop: Any, **__: Any) -> dict[str, Any] | None:
@@ -120,21 +120,32 @@ def test_a_stop_leaves_it_due_and_one_that_came_before_begins_nothing(session: A
 
 def test_one_that_fails_is_told_and_the_run_goes_on(session: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise UserError("sample x does not decode")
+        raise UserError("sample x does not decode", where="shard-0 at byte 9", remedy="Pack it again.")
 
     desk = Desk()
     run(session, desk, fail)
     assert session.state.evaluated == 6  # else it would fail again at every start
-    assert desk.of("evaluation_failed") == [("evaluation_failed", {"reason": "sample x does not decode"})]
-    assert desk.of("note") and desk.of("alert")
+    told = {"reason": "sample x does not decode", "where": "shard-0 at byte 9", "remedy": "Pack it again."}
+    assert desk.of("evaluation_failed") == [("evaluation_failed", told)]
+    assert all(word in desk.of("note")[0][1] for word in told.values()) and desk.of("alert")
 
 
-def test_a_start_that_was_cut_off_ends(session: Any) -> None:
+@pytest.mark.parametrize("kind", [FencedError, GuardError])
+def test_a_start_that_was_cut_off_ends(session: Any, kind: type[GuardError]) -> None:
+    """On the rank that found it, and on those that heard of it in a collective."""
+
     def overtaken(*_: Any, **__: Any) -> None:
-        raise FencedError("another start has taken over")
+        raise kind("another start has taken over")
 
-    with pytest.raises(FencedError):
+    with pytest.raises(kind):
         run(session, Desk(), overtaken)
+
+
+def test_nothing_is_saved_in_a_row_of_dead_steps(session: Any) -> None:
+    desk = Desk()
+    desk.due = True
+    run(session, desk, two_images, adds=lambda: False)
+    assert not desk.of("save")
 
 
 def test_generators_and_collector_are_as_they_were() -> None:
@@ -147,15 +158,17 @@ def test_generators_and_collector_are_as_they_were() -> None:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(3)
     gc.disable()
+    torch.backends.cudnn.benchmark = True
     try:
         with pytest.raises(UserError), _undisturbed(torch.device("cpu")):
             torch.manual_seed(9)
             draw()
-            assert gc.isenabled()
+            assert gc.isenabled() and not torch.backends.cudnn.benchmark
             raise UserError("in the middle")
-        assert not gc.isenabled()
+        assert not gc.isenabled() and torch.backends.cudnn.benchmark
     finally:
         gc.enable()
+        torch.backends.cudnn.benchmark = False
     assert draw() == wanted
 
 

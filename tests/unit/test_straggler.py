@@ -14,7 +14,7 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.training import phases as room
 from mf_scale.training.phases import OWN, PHASES, Phases, StepTimes
-from mf_scale.training.straggler import Straggler, Stragglers, slowest, straggler_sentence
+from mf_scale.training.straggler import RANKS_TOLD, RankTimes, Straggler, Stragglers, slowest, straggler_sentence
 
 EVEN = [0.01, 0.2, 0.1, 0.01]
 """Own seconds by OWN."""
@@ -29,10 +29,26 @@ def table(ranks: int, **slow: float) -> np.ndarray:
     return own
 
 
+def times_of(own: np.ndarray, step: float = STEP) -> RankTimes:
+    phases = np.full((len(own), len(PHASES)), step / len(PHASES))
+    return RankTimes(phases, own, np.full(len(own), step))
+
+
+def test_the_line_lists_all_of_few_ranks_and_the_slowest_of_many() -> None:
+    told = times_of(table(3, data=0.5)).told()
+    assert [rank["rank"] for rank in told["slowest"]] == [1, 0, 2]
+    assert told["slowest"][0]["own"] == pytest.approx(sum(EVEN) + 0.5)
+    assert set(PHASES) < set(told["slowest"][0]) and list(told["phases"]) == list(PHASES)
+    times = times_of(table(99))
+    times.phases[:, 0] = np.arange(99)
+    assert times.told()["phases"]["data"] == [0, 49, 98]
+    assert [rank["rank"] for rank in times.told()["slowest"]] == list(range(RANKS_TOLD))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("phase", OWN)
 def test_a_slow_rank_is_named_with_the_phase_it_loses_most_in(ranks: int, phase: str) -> None:
-    found = slowest(table(ranks, **{phase: 0.3}), STEP, 1.3)
+    found = slowest(times_of(table(ranks, **{phase: 0.3}), STEP), 1.3)
     even = EVEN[OWN.index(phase)]
     assert found is not None
     assert (found.rank, found.phase) == (1, phase)
@@ -41,22 +57,22 @@ def test_a_slow_rank_is_named_with_the_phase_it_loses_most_in(ranks: int, phase:
 
 
 def test_a_gpu_that_is_slower_in_everything_is_named_though_no_phase_alone_would_be_enough() -> None:
-    found = slowest(table(4, forward=0.08, loss=0.04), STEP, 1.3)
+    found = slowest(times_of(table(4, forward=0.08, loss=0.04), STEP), 1.3)
     assert found is not None and found.phase == "forward"
 
 
 def test_what_does_not_matter_is_not_said() -> None:
-    assert slowest(table(4), STEP, 1.3) is None
-    assert slowest(table(4, forward=0.05), STEP, 1.3) is None  # 1.16 times the others'
+    assert slowest(times_of(table(4), STEP), 1.3) is None
+    assert slowest(times_of(table(4, forward=0.05), STEP), 1.3) is None  # 1.16 times the others'
     tiny = table(4, data=0.3) / 10  # 1.9 times, and 0.03 s of a step that is spent in collectives
-    assert slowest(tiny, STEP, 1.3) is None
-    assert slowest(tiny, STEP / 2, 1.3) is not None
+    assert slowest(times_of(tiny, STEP), 1.3) is None
+    assert slowest(times_of(tiny, STEP / 2), 1.3) is not None
 
 
 def test_two_that_are_slow_do_not_hide_each_other_among_many() -> None:
     own = table(8, forward=0.3)
     own[5] = own[1] - 0.01
-    found = slowest(own, STEP, 1.3)
+    found = slowest(times_of(own, STEP), 1.3)
     assert found is not None and found.rank == 1
 
 
@@ -66,18 +82,20 @@ def test_means_are_compared_so_that_one_hiccup_is_none(monkeypatch: pytest.Monke
         return StepTimes(STEP, dict.fromkeys(PHASES, STEP / len(PHASES)), own)
 
     def other_rank(mine: np.ndarray) -> np.ndarray:
-        return mine + np.array([[*EVEN, STEP], [0.0] * 5])
+        return mine + np.array([[*[STEP / len(PHASES)] * len(PHASES), *EVEN, STEP], [0.0] * (len(PHASES) + 5)])
 
     monkeypatch.setattr(comm, "sum_array", other_rank)
     stragglers = Stragglers(TrainConfig(straggler_every=10, straggler_factor=1.3), World(1, 2, 1))
     assert stragglers.add(times(60.0)) is None  # the first step compiles
     told = [stragglers.add(times(0.7 if step == 3 else 0.2)) for step in range(10)]
-    assert told == [None] * 10  # half a second in ten steps
+    assert told[:-1] == [None] * 9 and told[-1] is not None
+    assert slowest(told[-1], 1.3) is None  # half a second in ten steps
     told = [stragglers.add(times(9.0), counts=False) for _ in range(5)]  # a profiled step
     told += [stragglers.add(times(0.4)) for _ in range(10)]
     assert told[:-1] == [None] * 14
-    assert told[-1] is not None and (told[-1].rank, told[-1].phase) == (1, "forward")
-    assert told[-1].seconds == pytest.approx(0.4)
+    found = slowest(told[-1], 1.3) if told[-1] is not None else None
+    assert found is not None and (found.rank, found.phase) == (1, "forward")
+    assert found.seconds == pytest.approx(0.4)
     alone = Stragglers(TrainConfig(straggler_every=1), World())
     off = Stragglers(TrainConfig(straggler_every=0), World(1, 2, 1))
     assert [one.add(times(9.0)) for one in (alone, off) for _ in range(3)] == [None] * 6

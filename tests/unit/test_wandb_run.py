@@ -17,6 +17,7 @@ import pytest
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.pictures import write_class_map
+from mf_scale.tracking.wandb_client import Client
 from mf_scale.tracking.wandb_run import WandbRun, client_lines, encoded, opening
 from tests.unit.wandb_files import segments
 
@@ -231,6 +232,41 @@ def test_a_full_queue_drops_and_counts(run: RunDir, tmp_path: Path, monkeypatch:
     assert wandb_run.finish(timeout=0.5) is not None
 
 
+def test_a_client_that_was_killed_is_not_waited_for(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fake(tmp_path, monkeypatch, "def init(**k): return None\n")
+    wandb_run = WandbRun(TrackingConfig(), run, {}, queue_lines=20)
+    child = wandb_run._child
+    assert child is not None
+    child.kill()
+    child.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while not wandb_run.dropped:
+        assert time.monotonic() < deadline
+        wandb_run.record({"event": "step", "step": 1, "loss": 1.0})
+        time.sleep(0.01)
+    began = time.monotonic()
+    sentence = wandb_run.finish(0, timeout=20)
+    assert sentence is not None and "did not get everything" in sentence and time.monotonic() - began < 5
+
+
+def test_a_line_that_was_cut_off_ends_nothing(run: RunDir, tmp_path: Path) -> None:
+    """The trainer is killed while it tells it: the client still tells the end."""
+    lines = b'{"summary": {}}\n{"row": {"loss": 1.0\n{"finish": 0}\n'
+    command = [sys.executable, "-m", "mf_scale.tracking.wandb_client"]
+    done = subprocess.run(command, input=lines, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 3 and b"Traceback" not in done.stderr  # three lines failed, for want of an opening too
+
+
+def test_an_evaluation_that_was_replaced_is_not_told_as_the_one_before(run: RunDir) -> None:
+    client = Client()
+    run.report.mkdir(parents=True)
+    (run.report / "evaluation-val.json").write_text(json.dumps({"step": 200, "split": "val"}))
+    client._run, client._report = object(), run.report
+    assert client.carry_out({"evaluation": "evaluation-val.json", "at": 100})
+
+
 def test_an_abandoned_client_ends_at_once_and_tells_nothing(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +310,7 @@ import os, signal, time
 from pathlib import Path
 from mf_scale.config.schema import TrackingConfig
 from mf_scale.rundir import RunDir
+from mf_scale.tracking.wandb_client import Client
 from mf_scale.tracking.wandb_run import WandbRun
 run = WandbRun(TrackingConfig(), RunDir(Path({str(run.path)!r})), {{}})
 run.record({{"event": "step", "step": 1, "loss": 1.0}})
