@@ -20,10 +20,13 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
 
     from mf_scale.rundir import RunDir, existing_run
     from mf_scale.tracking.report.compare import as_text, read_runs
-    from mf_scale.tracking.report.compare_page import write_comparison
+    from mf_scale.tracking.report.compare_page import refuse_page, write_comparison
 
+    out = Path(options.out) if options.out is not None else None
+    if out is not None:
+        refuse_page(out)
     runs = read_runs([RunDir(existing_run(path)) for path in options.runs])
-    page = write_comparison(runs, Path(options.out)) if options.out else None  # also where nobody reads what is printed
+    page = write_comparison(runs, out) if out is not None else None  # also where nobody reads what is printed
     print(as_text(runs))
     if page is not None:
         print(f"page: {page}")

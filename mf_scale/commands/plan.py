@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mf_scale.plan.planning import Wanted
 
 _RANKS = 8
+_MOST_RANKS = 1 << 20
+"""More than any machine has: a slip of the keyboard."""
 
 
 def add(commands: Any) -> None:
@@ -82,10 +84,25 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     return EXIT_USER if refused else 0
 
 
+def _memory(text: str) -> int:
+    """Bytes of a GPU; UserError where nothing is left behind the margin."""
+    from mf_scale.plan.fit import LEAST_MARGIN
+    from mf_scale.plan.sizes import GIB, parse_size
+
+    size = parse_size(text, where="--gpu-memory")
+    if size <= LEAST_MARGIN:
+        raise UserError(
+            f"{text} is {'less than' if size < LEAST_MARGIN else 'no more than'} the {LEAST_MARGIN / GIB:g} GiB that "
+            "are left free for what no tensor shows",
+            where="--gpu-memory",
+            remedy="Give the whole memory of one GPU, as 80GiB.",
+        )
+    return size
+
+
 def _wanted(options: argparse.Namespace, *, several: bool) -> Wanted:
     """What is asked about; UserError for options that do not go together."""
     from mf_scale.plan.planning import Wanted
-    from mf_scale.plan.sizes import parse_size
 
     placed = options.nodes is not None or options.gpus_per_node is not None
     if placed and options.processes is not None:
@@ -99,9 +116,16 @@ def _wanted(options: argparse.Namespace, *, several: bool) -> Wanted:
             "--measure runs one configuration, and several are named", where="command line", remedy="Name one."
         )
     nodes = options.nodes or 1
-    memory = parse_size(options.gpu_memory, where="--gpu-memory") if options.gpu_memory is not None else None
+    ranks = nodes * (options.gpus_per_node or _RANKS) if placed else options.processes or _RANKS
+    if ranks > _MOST_RANKS:
+        raise UserError(
+            f"{ranks:,} ranks are more than can be planned for",
+            where="command line",
+            remedy=f"Take at most {_MOST_RANKS:,}.",
+        )
+    memory = _memory(options.gpu_memory) if options.gpu_memory is not None else None
     return Wanted(
-        ranks=nodes * (options.gpus_per_node or _RANKS) if placed else options.processes or _RANKS,
+        ranks=ranks,
         nodes=nodes,
         memory=memory,
         device=options.device,

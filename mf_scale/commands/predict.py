@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from mf_scale.commands.arguments import OVERRIDES, add_command, add_processes, count, wanted_ranks
-from mf_scale.errors import UserError
 
 INPUT = (
     "image files or urls, folders of images, a text file with a path or url a line (.txt, .lst, .list), tars, or a "
@@ -78,30 +77,25 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         merge=options.merge,
     )
     share = Share(options.share[0], options.share[1], world.rank, world.size)
-    if options.overwrite:
-        _overwrite(options.out, share)
-        arguments = [word for word in arguments if word != "--overwrite"]
     if world.size == 1 and (ranks := wanted_ranks(options.processes)) > 1:
         ranks = min(ranks, open_input(options.inputs, wanted)[0].parts)
         if ranks > 1:
+            if options.overwrite:  # here, as the ranks know nothing of each other
+                from mf_scale.evaluation.prediction.begin import refuse_to_overwrite, remove_checked
+
+                refuse_to_overwrite(share)
+                remove_checked(options.inputs, options.run, options.out, wanted)
+                arguments = [word for word in arguments if word != "--overwrite"]
             return launch(arguments, ranks, flag.signals)
     allow_stop_signals()
     from mf_scale.evaluation.prediction.parts import predict_images
 
     return predict_images(
-        options.inputs, options.run, options.out, wanted, share=share, stop=lambda: bool(flag.signals)
+        options.inputs,
+        options.run,
+        options.out,
+        wanted,
+        share=share,
+        overwrite=options.overwrite,
+        stop=lambda: bool(flag.signals),
     )
-
-
-def _overwrite(out: str, share: Any) -> None:
-    from pathlib import Path
-
-    from mf_scale.evaluation.prediction.plan import remove_prediction
-
-    if not share.alone:
-        raise UserError(
-            "of several processes that know nothing of each other none may remove what is there",
-            where="--overwrite",
-            remedy="Remove the folder before they start.",
-        )
-    remove_prediction(Path(out))

@@ -25,7 +25,7 @@ from mf_scale.doctor.gpus import device_facts, driver_of, judge_gpus
 from mf_scale.doctor.host import judge_hosts, needs_of
 from mf_scale.doctor.kernels import judge_kernels
 from mf_scale.doctor.labels import judge_labels
-from mf_scale.doctor.node import Node, look_around
+from mf_scale.doctor.node import Node, host_name, look_around
 from mf_scale.doctor.run_directory import judge_file_clock, judge_room, judge_writes
 from mf_scale.doctor.service import judge_service
 from mf_scale.doctor.shards import judge_shards
@@ -51,15 +51,12 @@ def examine(wanted: Wanted, world: World) -> int:
     """Examine, all ranks together, and print on rank 0; the exit code (0 on the others). Ends the process where time
     runs out."""
     findings: list[Finding] = [refused(CONFIGURATION, wanted.broken)] if wanted.broken is not None else []
-    hosts: list[str] = []
-    nodes: list[Node] = []
-    """This rank's, once it has looked around."""
+    node = Node()
 
     def overdue(stage: str) -> None:
         if world.first:
-            findings.append(_overdue(stage, wanted.seconds))
-            findings.extend(_of_reports(wanted, [dict(node.facts) for node in nodes]) if nodes else [])
-            code = _tell(wanted, world, findings, hosts, wanted.seconds)
+            told = [*findings, *_of_part(wanted, dict(node.facts)), _overdue(stage, wanted)]
+            code = _tell(wanted, world, told, [host_name()], wanted.seconds)
         else:
             said = f"rank {world.rank} on {os.uname().nodename} was still at {stage} after {wanted.seconds:g} s"
             print(f"mf-scale doctor: {said}", file=sys.stderr, flush=True)
@@ -67,28 +64,26 @@ def examine(wanted: Wanted, world: World) -> int:
         os._exit(code)
 
     watch = Watch(wanted.seconds, overdue, began=wanted.began)
-    node = look_around(wanted.config, world, watch)
-    nodes.append(node)
-    hosts.append(str(node.facts["host"]))
+    look_around(node, wanted.config, world, watch)
     if world.first:
-        findings += _alone(wanted, world, node, watch)
+        _alone(wanted, world, node, watch, findings)
     reports, failure = _together(wanted, world, node, watch)
     watch.end()
     if not world.first:
         return 0
     findings += [failure] if failure is not None else []
     findings += _of_reports(wanted, reports)
-    hosts[:] = list(dict.fromkeys(str(report["host"]) for report in reports))
+    hosts = list(dict.fromkeys(str(report["host"]) for report in reports))
     return _tell(wanted, world, findings, hosts, watch.seconds)
 
 
-def _alone(wanted: Wanted, world: World, node: Node, watch: Watch) -> list[Finding]:
-    """What rank 0 can say without the others: before they meet, so that it is said even if they do not."""
-    config, found = wanted.config, []
+def _alone(wanted: Wanted, world: World, node: Node, watch: Watch, found: list[Finding]) -> None:
+    """Add what rank 0 can say without the others to `found`, check by check: it is said even if they never meet."""
+    config = wanted.config
     with watch.at("W&B"):
         found += looked("W&B", lambda: judge_service(config.tracking if config else TrackingConfig()))
     if config is None:
-        return found
+        return
     training, validation, run = node.sources.training, node.sources.validation, RunDir(Path(config.run_dir))
     ranks = wanted.ranks or world.size
     with watch.at("the labels"):
@@ -107,13 +102,13 @@ def _alone(wanted: Wanted, world: World, node: Node, watch: Watch) -> list[Findi
         facts = node.facts["directory"]
         found += looked("room", lambda: judge_room(facts, checkpoint, held.bytes, config, goes_on=held.checkpoints > 0))
     node.facts["trainable"] = model.trainable if model else 0
-    return found
 
 
 def _model(wanted: Wanted, node: Node) -> tuple[ModelSize | None, list[Finding]]:
     config = wanted.config
     assert config is not None
-    classes = len(node.sources.training[0].vocabulary) if node.sources.training else config.model.num_classes
+    opened = node.sources.opened
+    classes = len(opened[0].vocabulary) if opened else config.model.num_classes
     if classes is None:
         return None, []
     built: list[ModelSize] = []
@@ -163,6 +158,18 @@ def _measured(
         return [facts], Finding(COLLECTIVES, PROBLEM, f"the ranks lost each other: {told}", remedy, fault=True)
 
 
+def _of_part(wanted: Wanted, facts: dict[str, Any]) -> list[Finding]:
+    """The same of what rank 0 found out until the time was over: what was not reached is neither well nor a problem."""
+    if "versions" not in facts:
+        return []
+    if "gpu" in facts:
+        return _of_reports(wanted, [facts])
+    if "cuda_error" not in facts:
+        facts = {**facts, "gpu_files": 0}  # nobody has asked the GPU yet, so it is not said to be out of use
+    told = _of_reports(wanted, [facts])
+    return [finding for finding in told if finding.check != "gpus" or finding.level != OK]
+
+
 def _of_reports(wanted: Wanted, reports: Sequence[dict[str, Any]]) -> list[Finding]:
     """What rank 0 makes of everybody's facts."""
     config, mine = wanted.config, reports[0]
@@ -182,17 +189,22 @@ def _of_reports(wanted: Wanted, reports: Sequence[dict[str, Any]]) -> list[Findi
     return found + looked("clocks", lambda: judge_clocks(reports))
 
 
-def _overdue(stage: str, seconds: float) -> Finding:
-    """What did not come to an end: of ranks that do not come together a fault, else no proof of anything."""
-    told = f"{stage} did not come to an end within {seconds:g} s"
+def _overdue(stage: str, wanted: Wanted) -> Finding:
+    """What did not come to an end: of ranks that do not come together a fault, else no proof of anything.
+
+    A job is not held up for that; who asks for an examination must not take half of one for a clean one.
+    """
+    told = f"{stage} did not come to an end within {wanted.seconds:g} s"
     if stage in (COLLECTIVES, "meeting the other ranks"):
         remedy = "Look at the network between the nodes; NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME tell more."
         return Finding(COLLECTIVES, PROBLEM, told, remedy, fault=True)
-    return Finding(DOCTOR, WARNING, told, "Give it more time with --seconds (MF_DOCTOR_SECONDS in a job).")
+    told += "; what has no line here was not looked at"
+    level = WARNING if wanted.in_job else PROBLEM
+    return Finding(DOCTOR, level, told, "Give it more time with --seconds (MF_DOCTOR_SECONDS in a job).")
 
 
 def _tell(wanted: Wanted, world: World, findings: list[Finding], hosts: Sequence[str], seconds: float) -> int:
-    findings.sort(key=lambda finding: ORDER.index(finding.check))
+    findings = sorted(findings, key=lambda finding: ORDER.index(finding.check))
     heading = page.Heading(wanted.file, world.size, tuple(hosts), round(seconds, 1))
     if wanted.as_json:
         text = page.as_json(heading, findings, in_job=wanted.in_job)

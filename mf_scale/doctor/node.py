@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mf_scale.config.schema import Config
+from mf_scale.config.schema import Config, DataConfig
 from mf_scale.data.index import Index
-from mf_scale.data.sources import open_training, open_validation
+from mf_scale.data.sources import open_training, open_validation, training_sources
 from mf_scale.distributed.env import World, job_start
 from mf_scale.doctor.gpus import smi_facts
 from mf_scale.doctor.host import host_facts
@@ -26,6 +27,8 @@ from mf_scale.errors import FaultError, UserError
 
 _ANSWER_SECONDS = 8.0
 """Beyond what a look is meant to take: then the file system hangs."""
+_LEAST_SECONDS = 1.0
+"""For each source behind one that hangs: it may lie elsewhere."""
 
 
 @dataclass
@@ -33,38 +36,38 @@ class Sources:
     """The data of a configuration as this node sees it."""
 
     training: tuple[Index, ...] = ()
+    """All of them, or none where one cannot be opened or they do not go together."""
     validation: Index | None = None
-    failure: UserError | None = None
-
-    @property
-    def all(self) -> list[Index]:
-        """Training and validation sources that could be opened."""
-        return [*self.training, *([self.validation] if self.validation is not None else [])]
+    opened: list[Index] = field(default_factory=list)
+    """Training and validation sources that could be opened, each by itself."""
+    failures: list[tuple[str, UserError]] = field(default_factory=list)
+    """Which source, empty: several together; and why it cannot be opened."""
 
 
 @dataclass
 class Node:
-    """What was found out before the ranks meet."""
+    """What was found out before the ranks meet; filled bit by bit, so that a part of it can be told."""
 
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     """Of this rank, JSON values: reports that are gathered and judged on rank 0."""
     sources: Sources = field(default_factory=Sources)
 
 
-def look_around(config: Config | None, world: World, watch: Watch) -> Node:
-    """The facts of this rank; those of its node too where it is the node's first."""
-    facts: dict[str, Any] = {
-        "rank": world.rank,
-        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        "pid": os.getpid(),
-        "gpu_files": _gpu_files(),
-        "versions": version_facts(),
-    }
-    node = Node(facts)
+def host_name() -> str:
+    """Of this node, as SLURM calls it where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def look_around(node: Node, config: Config | None, world: World, watch: Watch) -> None:
+    """Fill in the facts of this rank; those of its node too where it is the node's first."""
+    facts = node.facts
+    facts |= {"rank": world.rank, "host": host_name(), "pid": os.getpid(), "gpu_files": _gpu_files()}
+    with watch.at("the versions"):
+        facts["versions"] = version_facts()
     if facts["gpu_files"] and not torch.cuda.is_available():
         facts["cuda_error"] = _cuda_error()
     if world.local_rank != 0:
-        return node
+        return
     with watch.at("this node's limits"):
         facts["node"] = host_facts()
         facts["smi"] = smi_facts()
@@ -77,7 +80,6 @@ def look_around(config: Config | None, world: World, watch: Watch) -> Node:
         with watch.at("the shards"):
             node.sources = _opened(config)
             facts["shards"] = _shards(node.sources, world.rank)
-    return node
 
 
 def _gpu_files() -> int:
@@ -111,30 +113,62 @@ def _directory(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _opened(config: Config) -> Sources:
-    """Every source that can be opened; the first mistake of those that cannot."""
-    sources = Sources()
+    """Every source that can be opened, each by itself, and the mistakes of all that cannot."""
+    sources, data = Sources(), config.data
+    deadline = time.monotonic() + _ANSWER_SECONDS
+
+    def opened(name: str, what: str, look: Callable[[], tuple[Index, ...]]) -> tuple[Index, ...]:
+        try:
+            return within(max(_LEAST_SECONDS, deadline - time.monotonic()), what, look)
+        except UserError as error:
+            sources.failures.append((name, error))
+            return ()
+
     try:
-        sources.training = within(_ANSWER_SECONDS, "the training sources", lambda: open_training(config.data))
+        named = training_sources(data)
     except UserError as error:
-        sources.failure = error
-    try:
-        sources.validation = within(_ANSWER_SECONDS, "the validation source", lambda: open_validation(config.data))
-    except UserError as error:
-        sources.failure = sources.failure or error
+        named = []
+        sources.failures.append(("data.train", error))
+    there = []
+    for source in named:
+        alone = replace(data, sources=[source])
+        found = opened(source.index, f"the training source {source.index}", _training_of(alone))
+        sources.opened += found
+        there += [source] if found else []
+    if len(there) > 1:  # what they must have in common
+        together = opened("", "the training sources", _training_of(replace(data, sources=there)))
+    else:
+        together = tuple(sources.opened)
+    sources.training = together if len(there) == len(named) else ()
+    if data.val is not None:
+        found = opened(data.val, f"the validation source {data.val}", lambda: _some(open_validation(data)))
+        sources.validation = found[0] if found else None
+        sources.opened += found
     return sources
 
 
+def _training_of(data: DataConfig) -> Callable[[], tuple[Index, ...]]:
+    return lambda: open_training(data)
+
+
+def _some(index: Index | None) -> tuple[Index, ...]:
+    return () if index is None else (index,)
+
+
 def _shards(sources: Sources, rank: int) -> dict[str, Any]:
-    if sources.failure is not None:
-        return _error(sources.failure)
+    """What those that opened say, and beside it {"errors": [source, what, where, remedy, fault] of each that did not}.
+
+    Nothing of shards is in it where no source opened.
+    """
+    failures = list(sources.failures)
+    facts: dict[str, Any] = {}
     start = job_start()
     turn = f"{start.job}-{start.restart}-{rank}" if start is not None else f"{os.getpid()}-{rank}"
     limit = READ_SECONDS + SIZE_SECONDS + _ANSWER_SECONDS
-    try:
-        return within(limit, "the shards", lambda: shard_facts(sources.all, turn))
-    except UserError as error:
-        return _error(error)
-
-
-def _error(error: UserError) -> dict[str, Sequence[Any]]:
-    return {"error": [error.what, error.where, error.remedy, isinstance(error, FaultError)]}
+    if sources.opened:
+        try:
+            facts = within(limit, "the shards", lambda: shard_facts(sources.opened, turn))
+        except UserError as error:
+            failures.append(("", error))
+    told = [[source, e.what, e.where, e.remedy, isinstance(e, FaultError)] for source, e in failures]
+    return {**facts, "errors": told}

@@ -91,7 +91,7 @@ def _name(index: Index, shard: Shard) -> str:
 
 
 def judge_shards(reports: Sequence[Report], *, goes_on: bool = False) -> list[Finding]:
-    """reports: {host, shards: shard_facts or {"error": [what, where, remedy, fault]}} of one rank a host.
+    """reports: {host, shards: shard_facts, "errors": [[source, what, where, remedy, fault], ...]} of one rank a host.
 
     goes_on: a run that has committed checkpoints is not ended for a byte, which it may have read for days: training
     puts samples that do not decode aside, and counts them. Of what is missing it would start nothing anyway.
@@ -100,12 +100,13 @@ def judge_shards(reports: Sequence[Report], *, goes_on: bool = False) -> list[Fi
     if not looked:
         return []
     found = _unseen(looked)
-    seen = [report for report in looked if "error" not in report["shards"]]
+    seen = [report for report in looked if "shards" in report["shards"]]
     wrong: dict[str, tuple[str, list[str]]] = {}
     for report in seen:
         for name, what in report["shards"]["wrong"].items():
             wrong.setdefault(name, (what, []))[1].append(str(report["host"]))
     if wrong:
+        number = max(report["shards"]["shards"] for report in seen)
         listed = [f"{name} {what}" for name, (what, _) in sorted(wrong.items())]
         hosts = {host for _, of in wrong.values() for host in of}
         # One that every node which looked at it would see is the data's; missing on some nodes alone is a mount's.
@@ -117,7 +118,7 @@ def judge_shards(reports: Sequence[Report], *, goes_on: bool = False) -> list[Fi
             Finding(
                 CHECK,
                 WARNING if borne else PROBLEM,
-                f"{len(wrong)} of {seen[0]['shards']['shards']} shards differ from the index{on}: {some(listed)}",
+                f"{len(wrong)} of {number} shards differ from the index{on}: {some(listed)}",
                 "Mount the file system that holds them there." if local else remedy,
                 fault=local,
                 details={"wrong": dict(list(wrong.items())[:_LISTED])},
@@ -131,15 +132,24 @@ def judge_shards(reports: Sequence[Report], *, goes_on: bool = False) -> list[Fi
 
 
 def _unseen(looked: Sequence[Report]) -> list[Finding]:
-    """Nodes that cannot open what others can; where none can, the sources' own check says it."""
-    blind = [report for report in looked if "error" in report["shards"]]
-    if not blind:
-        return []
-    what, where, remedy, fault = blind[0]["shards"]["error"]
-    if len(blind) == len(looked):
-        return [Finding(CHECK, PROBLEM, f"{what} ({where})", remedy, fault=bool(fault))]
-    said = f"{some([r['host'] for r in blind])} cannot open a source that the other nodes can: {what} ({where})"
-    return [Finding(CHECK, PROBLEM, said, "Mount the file system that holds it there.", fault=True)]
+    """One finding a source that cannot be opened: everywhere, or on nodes that lack what others have."""
+    blind: dict[str, dict[str, Sequence[Any]]] = {}
+    for report in looked:
+        for source, *error in report["shards"].get("errors", []):
+            # What several sources have in common has no name: each mistake of that kind is one of its own.
+            blind.setdefault(source or f"\0{error[0]}", {}).setdefault(str(report["host"]), error)
+    found = []
+    for source, hosts in blind.items():
+        what, where, remedy, _ = next(iter(hosts.values()))
+        told = f"{what} ({where})" if where else str(what)
+        if len(hosts) == len(looked):
+            found.append(Finding(CHECK, PROBLEM, told, remedy, fault=all(bool(error[-1]) for error in hosts.values())))
+        elif source.startswith("\0"):
+            found.append(Finding(CHECK, PROBLEM, f"{some(list(hosts))}: {told}", remedy, fault=True))
+        else:
+            said = f"{some(list(hosts))} cannot open a source that the other nodes can: {told}"
+            found.append(Finding(CHECK, PROBLEM, said, "Mount the file system that holds it there.", fault=True))
+    return found
 
 
 def _fine(seen: Sequence[Report]) -> Finding:

@@ -70,7 +70,7 @@ class Counts:
             self.instances.add(position, sample, said.instance(self.vocabulary.things, self.config))
         return _own_score(heard, sample, flat, self.vocabulary) if scored else None
 
-    def results(self, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
+    def results(self, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Results over all ranks; mIoU, PQ and AP, the ones that are quoted, on top (None: not of this task).
 
         None where a rank was asked to stop. Called by all ranks; the same for any number of them.

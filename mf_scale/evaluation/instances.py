@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from mf_scale.distributed import comm
 from mf_scale.evaluation.average_precision import COLUMNS, LVIS_MOST, ClassInImage, class_ap
 from mf_scale.evaluation.inference import Instances
 from mf_scale.evaluation.rle import coco_mask
-from mf_scale.evaluation.turns import agreement
+from mf_scale.evaluation.troubles import named_trouble
+from mf_scale.evaluation.turns import agreement, in_turns
 from mf_scale.rundir import disk_errors
 
+Step = tuple[int, int, list[ClassInImage]]
+"""One class to be evaluated: table (0: mask IoU, 1: boundary IoU), class, its images."""
 _SHARES = 64
 """Files of a rank, at most: what one rank gathers at a time is a share of all instances."""
 _IN_MEMORY = 1 << 20
@@ -88,31 +93,51 @@ class InstanceRecords:
         self.files[number].seek(0)
         return bytes(self.files[number].read())
 
-    def results(self, *, boundary: bool, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
+    def _shares(self, numbers: Sequence[int]) -> list[bytes]:
+        with _class_trouble(lambda: "what was found"):
+            return [self.share(number) for number in numbers]
+
+    def results(self, *, boundary: bool, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Numbers of all ranks' instances, with "boundary" where asked for; None where a rank was asked to stop.
 
-        Called by all ranks; the same for any number of them.
+        Called by all ranks, which agree before every class (boundary IoU: once more); the same for any number of them.
         """
         federated = agreement(self.federated)[0]
         tables = np.zeros((2 if boundary else 1, self.classes, len(COLUMNS)))
         rank, world = comm.place()
+
+        def evaluate_class(_: int, step: Step) -> None:
+            table, label, images = step
+            with _class_trouble(lambda: f"class number {label}"):
+                tables[table, label] = class_ap(images, federated=federated, boundary=table == 1)
+
         for first in range(0, len(self.files), world):
-            if stop is not None and agreement(stop())[0]:
-                return None
             mine: list[bytes] = []
-            for owner, number in enumerate(range(first, min(first + world, len(self.files)))):
-                gathered = comm.gather_bytes(self.share(number), owner)
+            numbers = range(first, min(first + world, len(self.files)))
+            shares = comm.together(partial(self._shares, numbers))
+            for owner, number in enumerate(numbers):
+                gathered = comm.gather_bytes(shares[owner], owner)
                 if owner == rank:
                     mine = gathered
                     tables[:, number :: len(self.files)] = -1
-            for label, images in _by_class(mine):
-                tables[0, label] = class_ap(images, federated=federated, boundary=False)
-                if boundary:
-                    tables[1, label] = class_ap(images, federated=federated, boundary=True)
+            if not comm.together(partial(in_turns, _steps(mine, len(tables)), evaluate_class, stop)):
+                return None
         tables = comm.sum_array(tables)  # a class has numbers on one rank and zeros on the others
         marked = comm.sum_array(self.marked).tolist()
         results = {"federated": federated, **_summary(tables[0], marked)}
         return results | ({"boundary": _summary(tables[1], marked)} if boundary else {})
+
+
+def _steps(parts: Sequence[bytes], tables: int) -> Iterator[Step]:
+    """The classes of a share, each once for every table."""
+    with _class_trouble(lambda: "a share of the classes"):
+        for label, images in _by_class(parts):
+            yield from ((table, label, images) for table in range(tables))
+
+
+def _class_trouble(name: Callable[[], str]) -> AbstractContextManager[None]:
+    remedy = "A smaller eval.instance_top_k needs less memory."
+    return named_trouble(name, where="mask AP", remedy=remedy)
 
 
 def _by_class(parts: Sequence[bytes]) -> Iterator[tuple[int, list[ClassInImage]]]:

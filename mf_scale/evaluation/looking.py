@@ -16,6 +16,7 @@ from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.evaluation.counting import class_map, hear, views_of
 from mf_scale.evaluation.forward import answer
+from mf_scale.evaluation.troubles import named_samples, sample_trouble
 from mf_scale.tracking.pictures import Picture, draw_segments, plain
 
 
@@ -76,11 +77,13 @@ def look(
     """Predict and draw those of the chosen images that are this rank's."""
     own = [choice for choice in choices if choice.position % world.size == world.rank]
     names, shown = index.vocabulary.names, []
-    samples = eval_samples_at(index, config.data, [choice.position for choice in own], count)
+    places = [choice.position for choice in own]
+    samples = named_samples(lambda: eval_samples_at(index, config.data, places, count), index, places)
     for choice, sample in zip(own, samples, strict=True):
-        heard = hear(answer(model, sample.image, config), index.vocabulary, config)
-        views = views_of(heard, sample, len(names))
-        drawn = [(title, draw_segments(sample.image, segments, names)) for title, segments in views]
-        maps = {title: class_map(segments.segment_map, segments.labels) for title, segments in views}
-        shown.append(Shown(choice, sample.key, [("image", plain(sample.image)), *drawn], maps))
+        with sample_trouble(index, choice.position):
+            heard = hear(answer(model, sample.image, config), index.vocabulary, config)
+            views = views_of(heard, sample, len(names))
+            drawn = [(title, draw_segments(sample.image, segments, names)) for title, segments in views]
+            maps = {title: class_map(segments.segment_map, segments.labels) for title, segments in views}
+            shown.append(Shown(choice, sample.key, [("image", plain(sample.image)), *drawn], maps))
     return shown

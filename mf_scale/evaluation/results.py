@@ -10,9 +10,10 @@ from typing import Any
 
 from mf_scale.distributed import comm
 from mf_scale.evaluation.looking import Shown
+from mf_scale.evaluation.troubles import named_trouble
 from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
-from mf_scale.tracking.metrics import MetricsLog
-from mf_scale.tracking.pictures import write_class_map, write_png
+from mf_scale.tracking.metrics import EVALUATION_NUMBERS, MetricsLog
+from mf_scale.tracking.pictures import write_bytes, write_class_map, write_png
 
 _SEMANTIC_COLUMNS = {"mIoU": "mIoU", "pixel_accuracy": "pixel acc.", "mean_accuracy": "mean acc."}
 _INSTANCE_COLUMNS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
@@ -27,11 +28,11 @@ class Evaluation:
 
 
 def make_room(run: RunDir, split: str) -> None:
-    """The report folder without this split's old pictures: what cannot be written is found before the work."""
-    with disk_errors(run.report):
-        run.report.mkdir(parents=True, exist_ok=True)
-        for old in run.report.glob(f"{split}-[0-9]*.png"):
-            old.unlink()
+    """The report folder, where a file can be written: that none can is found before the work."""
+    trial = run.report / f".{split}-trial"
+    write_bytes(trial, b"can be written")
+    with disk_errors(trial):
+        trial.unlink(missing_ok=True)
 
 
 def write_evaluation(
@@ -39,21 +40,11 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Write RUN/report/evaluation-SPLIT.json and its pictures; what stands in it. Called by all ranks.
 
-    `write` puts the text into the file, whole or not at all.
+    `write` puts the text into the file, whole or not at all. The pictures of the evaluation before go last: whenever
+    somebody looks, or the process ends, those that the JSON names are there.
     """
     split = evaluation.results["split"]
-    mine = []
-    for shown in evaluation.pictures:
-        files = []
-        for title, picture in shown.views:
-            name = f"{split}-{shown.choice.position:02d}-{title.replace(', ', '-').replace(' ', '-')}.png"
-            write_png(run.report / name, picture)
-            view = {"title": title, "file": name}
-            if title in shown.maps:
-                view["classes"] = f"{name.removesuffix('.png')}-classes.png"
-                write_class_map(run.report / view["classes"], shown.maps[title])
-            files.append(view)
-        mine.append({**asdict(shown.choice), "key": shown.key, "views": files})
+    mine = comm.together(lambda: [_write_pictures(run.report, f"{split}-{step}", one) for one in evaluation.pictures])
     gathered = comm.gather_objects(mine)
 
     def put() -> dict[str, Any]:
@@ -61,9 +52,35 @@ def write_evaluation(
         results = {"step": step, **evaluation.results, "pictures": pictures}
         run.report.mkdir(parents=True, exist_ok=True)
         write(run.report / f"evaluation-{split}.json", json.dumps(results, indent=1))
+        _remove_others(run.report, split, pictures)
         return results
 
     return dict(comm.on_first_rank(put))
+
+
+def _write_pictures(folder: Path, start: str, shown: Shown) -> dict[str, Any]:
+    """Write the views of one sample under names with this start; what the JSON tells of them."""
+    files = []
+    with named_trouble(lambda: f"sample {shown.key}", where=str(folder), remedy="Evaluate the run again."):
+        for title, picture in shown.views:
+            name = f"{start}-{shown.choice.position:02d}-{title.replace(', ', '-').replace(' ', '-')}.png"
+            write_png(folder / name, picture)
+            view = {"title": title, "file": name}
+            if title in shown.maps:
+                view["classes"] = f"{name.removesuffix('.png')}-classes.png"
+                write_class_map(folder / view["classes"], shown.maps[title])
+            files.append(view)
+    return {**asdict(shown.choice), "key": shown.key, "views": files}
+
+
+def _remove_others(folder: Path, split: str, pictures: Sequence[dict[str, Any]]) -> None:
+    """Remove the split's pictures that are not of these."""
+    views = [view for picture in pictures for view in picture["views"]]
+    named = {view[kind] for view in views for kind in ("file", "classes") if kind in view}
+    with disk_errors(folder):
+        for file in folder.glob(f"{split}-[0-9]*.png"):
+            if file.name not in named:
+                file.unlink(missing_ok=True)
 
 
 def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
@@ -80,7 +97,7 @@ def save_evaluation(run: RunDir, evaluation: Evaluation, *, step: int) -> None:
 
 def event_numbers(results: dict[str, Any]) -> dict[str, Any]:
     """What the `evaluation` event says of results."""
-    return {name: results[name] for name in ("split", "samples", "mIoU", "PQ", "AP", "images_per_second")}
+    return {name: results[name] for name in EVALUATION_NUMBERS}
 
 
 def _picture_order(picture: dict[str, Any]) -> tuple[int, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
 from mf_scale.evaluation.looking import choose, look, summed_scores
 from mf_scale.evaluation.results import Evaluation, make_room, results_table, save_evaluation
+from mf_scale.evaluation.troubles import named_samples, sample_trouble
 from mf_scale.evaluation.turns import in_turns
 from mf_scale.rundir import MANIFEST, RunDir, resolve_checkpoint
 
@@ -75,12 +78,12 @@ def evaluate(
     pictures: int = 0,
     progress: bool = True,
     samples: int = 0,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on all ranks at the images' original size; every rank returns the same results.
 
-    `samples`: the first ones of the source only (0: all). With `stop` the ranks agree before every turn of images, over
-    the CPU, whether one of them was asked to stop; then all return None.
+    `samples`: the first ones of the source only (0: all). The ranks agree before every turn of images, over the CPU,
+    whether one of them was asked to `stop`; then all return None. An error of one, on whatever it was, is one of all.
 
     semantic: mIoU; panoptic: mIoU, PQ and mask AP of the things; instance: mask AP, and PQ (stuff is void, so its
     predictions count as wrong only where things are). `pictures`: samples to draw, the first of the source and half as
@@ -88,21 +91,23 @@ def evaluate(
     """
     vocabulary, task = index.vocabulary, config.data.task
     count = min(samples or index.samples, index.samples)
-    start, was_training = time.monotonic(), model.training
+    began, was_training = time.monotonic(), model.training
     with ExitStack() as stack:
         counts = start_counts(vocabulary, config, stack)
         scores: list[tuple[int, float | None]] = []
 
         def count_one(turn: int, sample: EvalSample) -> None:
-            said = answer(model, sample.image, config)
-            if sample.weight:
-                position = turn * world.size + world.rank
-                score = counts.add(position, sample, said, scored=pictures > 0)
-                if pictures:
-                    scores.append((position, score))
+            position = turn * world.size + world.rank
+            with sample_trouble(index, position % count):
+                said = answer(model, sample.image, config)
+                score = counts.add(position, sample, said, scored=pictures > 0) if sample.weight else None
+            if pictures and sample.weight:
+                scores.append((position, score))
 
         def count_own() -> bool:
-            own = eval_samples(index, config.data, rank=world.rank, world=world.size, samples=count)
+            start = partial(eval_samples, index, config.data, rank=world.rank, world=world.size, samples=count)
+            places = (place % max(count, 1) for place in itertools.count(world.rank, world.size))
+            own = named_samples(start, index, places)
             with _progress_bar(count, split, progress and world.first) as bar, closing(own):
                 return in_turns(own, count_one, stop, lambda: bar.update(min(world.size, count - bar.n)))
 
@@ -111,7 +116,7 @@ def evaluate(
         numbers = counts.results(stop) if comm.together(count_own) else None
         if numbers is None:
             return None
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - began
         choices = choose(summed_scores(scores, count), pictures) if pictures else []
         shown = comm.together(lambda: look(model, index, config, world, choices, count))
     results = {"split": split, "task": task, "samples": count, **numbers}

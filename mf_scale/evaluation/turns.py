@@ -1,4 +1,4 @@
-"""Turns: every rank takes its next image, and before each turn all agree whether to go on."""
+"""Turns: every rank takes its next item, and before each turn all agree whether to go on."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ Item = TypeVar("Item")
 def in_turns(
     items: Iterator[Item],
     action: Callable[[int, Item], None],
-    stop: Callable[[], bool] | None,
+    stop: Callable[[], bool] = lambda: False,
     taken: Callable[[], object] = lambda: None,
 ) -> bool:
-    """`action(turn, item)` of every item; every rank has as many. False where a rank was asked to stop.
+    """`action(turn, item)` of every item; the ranks may have different numbers. False where a rank was asked to stop.
 
-    With `stop` the ranks agree before every turn. One that met a UserError stays until the next agreement, at which
-    all leave; it then raises, so that no rank waits in a collective that another has left.
+    Before every turn the ranks agree whether one was asked to stop (`stop`, which may hold collectives, is called by
+    all), has failed, or has an item left. One that met a UserError waits for that, then all leave and it raises: no
+    rank sits in a collective that another will never enter. `taken` is called after every turn on every rank.
     """
     failure: UserError | None = None
     turn = 0
     while True:
-        if stop is not None:
-            stopped, failed = agreement(stop(), failure is not None)
-            if failed:
-                break
-            if stopped:
-                return False
+        item: Item | None = None
+        if failure is None:
+            try:
+                item = next(items, None)
+            except UserError as error:
+                failure = error
+        stopped, failed, more = agreement(stop(), failure is not None, item is not None)
+        if failed or stopped or not more:
+            break
         try:
-            item = next(items, None)
-            if item is None:
-                break
-            action(turn, item)
+            if item is not None:
+                action(turn, item)
         except UserError as error:
-            if stop is None:
-                raise
             failure = error
         taken()
         turn += 1
     if failure is not None:
         raise failure
-    return True
+    return failed or not stopped
 
 
 def agreement(*said: bool) -> list[bool]:

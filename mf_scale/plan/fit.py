@@ -10,7 +10,7 @@ from mf_scale.config.validate import BatchPlan, plan_batch
 from mf_scale.distributed.deepspeed_config import deepspeed_dictionary
 from mf_scale.errors import UserError
 from mf_scale.plan.activations import Activations
-from mf_scale.plan.sizes import GIB, shown
+from mf_scale.plan.sizes import GIB, divisors, shown
 from mf_scale.plan.states import Layout, States, Tensors, count_states
 
 MARGIN, LEAST_MARGIN = 0.10, 1.5 * GIB
@@ -125,7 +125,7 @@ def _away(need: Need) -> int:
 def _largest(layout: Layout, plan: BatchPlan, tensors: Tensors, trace: Trace, usable: int) -> int | None:
     """By halving: what a larger micro-batch holds is more. Those that the global batch allows are tried, no others."""
     share = plan.micro_batch * plan.accumulation
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = divisors(share)
     low, high = 0, len(sizes)
     while low < high:
         middle = (low + high) // 2
@@ -138,42 +138,73 @@ def _largest(layout: Layout, plan: BatchPlan, tensors: Tensors, trace: Trace, us
 
 
 def advice(
-    config: Config, plan: BatchPlan, tensors: Tensors, tracer_of: Callable[[Config], Trace], memory: int
+    config: Config,
+    plan: BatchPlan,
+    tensors: Tensors,
+    tracer_of: Callable[[Config], Trace],
+    memory: int,
+    *,
+    offloads: bool = False,
 ) -> tuple[str, ...]:
-    """What would make room, each with what it then takes: computed, not guessed. `tracer_of` of a configuration."""
+    """What would make room, each with what it then takes: computed, not guessed. `tracer_of` of a configuration.
+
+    Each is tried at all stages, with a micro-batch of 1 (with `offloads` all offloading too), and told where the best
+    of them needs less than the best does now.
+    """
     usable = usable_of(memory)
     one = replace(plan, micro_batch=1, accumulation=plan.micro_batch * plan.accumulation)
+    now = _least(layouts(config, one, offloads=offloads), tensors, tracer_of(config))[0]
     said = []
 
-    def tried(name: str, changed: Config, ranks: BatchPlan, *way: bool) -> None:
-        states = count_states(tensors, layout_of(changed, ranks, 3, *(way or (False, False))))
+    def tried(name: str, changed: Config, chosen: Sequence[Layout]) -> None:
         try:
-            total = needed(states, tracer_of(changed)(1))
+            total, layout = _least(chosen, tensors, tracer_of(changed))
         except UserError:
             return  # this cannot be done to this model
-        verdict = "fits" if total <= usable else "not enough by itself"
-        said.append(f"{name}: {shown(total)} at stage 3 with a micro-batch of 1, {verdict}")
+        if total < now:
+            verdict = "fits" if total <= usable else "not enough by itself"
+            stage = layout.name if name else str(layout.stage)
+            told = f"{shown(total)} at stage {stage} with a micro-batch of 1, {verdict}"
+            said.append(f"{name or _offloaded(layout)}: {told}")
+
+    def any_stage(changed: Config, ranks: BatchPlan = one) -> list[Layout]:
+        return layouts(changed, ranks, offloads=offloads)
+
+    def away(changed: Config) -> list[Layout]:
+        return [layout for layout in layouts(changed, one, offloads=True) if layout.offload_optimizer]
 
     model = config.model
     whole = replace(model, backbone=replace(model.backbone, recompute_stages=[1, 2, 3, 4]))
     recomputed = replace(config, model=whole)
     if model.pixel_level.builder is None and set(model.backbone.recompute_stages) != {1, 2, 3, 4}:
-        tried("model.backbone.recompute_stages=[1,2,3,4]", recomputed, one)
+        tried("model.backbone.recompute_stages=[1,2,3,4]", recomputed, any_stage(recomputed))
     smaller = [max(64, side // 2 // 32 * 32) for side in config.data.crop]
     halved = replace(config, data=replace(config.data, crop=smaller))
-    tried(f"data.crop=[{smaller[0]},{smaller[1]}]", halved, one)
-    tried("zero.offload_optimizer=true and zero.offload_parameters=true", config, one, True, True)
+    tried(f"data.crop=[{smaller[0]},{smaller[1]}]", halved, any_stage(halved))
+    tried("", config, away(config))
     if (more := _more_ranks(config, plan.world_size)) is not None:
-        tried(f"{more.world_size} GPUs instead of {plan.world_size}", config, more)
+        tried(f"{more.world_size} GPUs instead of {plan.world_size}", config, any_stage(config, more))
     both = replace(recomputed, data=halved.data)
     if model.pixel_level.builder is None and not any(line.endswith(", fits") for line in said):
-        tried("recomputing, the smaller crop and offloading together", both, one, True, True)
+        tried("recomputing, the smaller crop and offloading together", both, away(both))
     return tuple(said)
+
+
+def _offloaded(layout: Layout) -> str:
+    return "zero.offload_optimizer=true" + " and zero.offload_parameters=true" * layout.offload_parameters
+
+
+def _least(chosen: Sequence[Layout], tensors: Tensors, trace: Trace) -> tuple[int, Layout]:
+    """The layout that needs least with a micro-batch of 1, and how much; of equals the first."""
+    totals = [needed(count_states(tensors, layout), trace(1)) for layout in chosen]
+    return min(zip(totals, chosen, strict=True), key=lambda pair: pair[0])
 
 
 def _more_ranks(config: Config, ranks: int) -> BatchPlan | None:
     """The most ranks that the global batch can be cut for, where they are more."""
-    for count in range(config.train.global_batch, ranks, -1):
+    for count in reversed(divisors(config.train.global_batch)):
+        if count <= ranks:
+            return None
         try:
             return plan_batch(config, count)
         except UserError:

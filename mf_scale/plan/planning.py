@@ -15,6 +15,7 @@ from mf_scale.errors import UserError
 from mf_scale.plan.checkpoints import Checkpoints, count_checkpoints
 from mf_scale.plan.dataset import Dataset, look_at_dataset, worker_rate
 from mf_scale.plan.parts import Part, look_at_model, sum_of
+from mf_scale.plan.sizes import divisors
 from mf_scale.plan.states import Layout, States, Tensors, count_states
 from mf_scale.plan.time import Cores, Duration, Rate, cores, duration
 
@@ -160,7 +161,9 @@ def _on_gpus(
         return [], measured, gpu, None  # a model that cannot be traced; what was measured is said
     chosen = None
     if memory is not None:
-        chosen = fit(found, cut, memory, lambda: advice(config, cut, tensors, tracer_of, memory))
+        chosen = fit(
+            found, cut, memory, lambda: advice(config, cut, tensors, tracer_of, memory, offloads=wanted.offloads)
+        )
     return found, measured, gpu, chosen
 
 
@@ -187,8 +190,9 @@ def _worker(config: Config, wanted: Wanted, dataset: Dataset) -> Rate | None:
 
 
 def _batches(config: Config, ranks: int) -> tuple[tuple[BatchPlan, ...], str | None]:
+    """Of every number of ranks that divides the global batch, no others can share it; and why not for `ranks`."""
     plans, refusal = [], None
-    for count in range(1, ranks + 1):
+    for count in sorted({*(divisor for divisor in divisors(config.train.global_batch) if divisor < ranks), ranks}):
         try:
             plans.append(plan_batch(config, count))
         except UserError as error:

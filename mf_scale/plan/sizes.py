@@ -1,7 +1,8 @@
-"""Sizes of memory as people write and read them."""
+"""Numbers: sizes of memory as people write and read them, and what divides a batch."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from mf_scale.errors import UserError
@@ -25,3 +26,9 @@ def parse_size(text: str, *, where: str) -> int:
 def shown(size: int) -> str:
     """In GiB, small ones in MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*low, *(number // size for size in low)})

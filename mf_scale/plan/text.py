@@ -124,7 +124,7 @@ def refusal(plan: Plan) -> str | None:
     if plan.fit is None or plan.fit.choice is not None:
         return None
     helps = "; ".join(plan.fit.advice) or "nothing that was tried makes room"
-    least = min(plan.needs, key=lambda need: need.states.gpu.total + need.activations.total)
+    least = min(plan.needs, key=lambda need: need.total)
     return (
         f"no ZeRO stage and no micro-batch fits into {shown(plan.fit.usable)} of a GPU (configuration {plan.file}): at "
         f"stage {least.states.layout.name} {shown(least.total)} are needed with a micro-batch of "
@@ -138,14 +138,15 @@ def _run(plan: Plan) -> str:
         epochs = f"epochs unknown ({plan.dataset.note})"
     else:
         epochs = f"{took.epochs:,.1f} epochs of {plan.dataset.images:,} images ({plan.dataset.note})"
+    rank = "rank" if plan.measured_on == "CPU" and took.gpu is not None and took.gpu.source != "given" else "GPU"
     lines = [f"steps {took.steps:,}, images seen {took.images:,}, {epochs}: computed"]
     if took.gpu is None or took.hours is None or took.total is None:
         lines.append("time: unknown; give --images-per-second of one GPU, or --measure")
     else:
         lines.append(
-            f"time: {_hours(took.hours)} of training alone, computed from {took.gpu.value:,.1f} images/s of one GPU "
+            f"time: {_hours(took.hours)} of training alone, computed from {took.gpu.value:,.1f} images/s of one {rank} "
             f"({took.gpu.source}) x {plan.ranks} = {took.total:,.1f} images/s, "
-            f"{config.train.global_batch / took.total:.3f} s a step, if every GPU keeps its rate"
+            f"{config.train.global_batch / took.total:.3f} s a step, if every {rank} keeps its rate"
         )
     return "\n".join(lines)
 
@@ -162,9 +163,10 @@ def _data(plan: Plan) -> str:
     if found.workers is None:
         return f"{line}; cores needed: unknown without images/s of a GPU"
     workers = plan.config.data.workers
+    needed = "process is needed" if found.workers == 1 else "processes are needed"
     enough = "enough" if workers >= (found.a_rank or 0) else f"too few: take data.workers={found.a_rank}"
     return (
-        f"{line}, so {found.workers:,} loader processes are needed, computed: {found.a_rank} a rank, "
+        f"{line}, so {found.workers:,} loader {needed}, computed: {found.a_rank} a rank, "
         f"{found.a_node} cores a node with one for each rank; data.workers={workers} is {enough}"
     )
 

@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ def read_png(path: Path) -> Picture:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is whole or not there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    host = socket.gethostname().replace("/", "-")[:40]  # of two hosts two processes may have one number
+    part = path.with_name(f".{path.name}.{host}.{os.getpid()}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ import pytest
 
 from mf_scale.cli import main
 from mf_scale.data.index import HEAD, head_digest
-from mf_scale.doctor import checkpoint, node
+from mf_scale.doctor import checkpoint, examination, node
+from mf_scale.doctor.node import host_name
 from mf_scale.doctor.run_directory import directory_facts
+from mf_scale.doctor.watch import Watch
 from tests.conftest import ROOT
 from tests.integration.program import SMALL, Run
 
@@ -145,6 +149,61 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_or_in_use_is_named(
 
     away = examined(capsys, [f"data.train={tmp_path}/gone", trained.sources[2]], "train.steps=8")
     assert "there is no index of shards here" in of(away, "shards")["text"] and away["exit_code"] == 1
+
+
+def test_every_source_is_opened_for_itself(
+    trained: Run, packed: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cut = Path(shutil.copytree(packed / "train", tmp_path / "cut"))
+    shard = next(cut.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    named = [f"{tmp_path}/gone", str(cut), str(packed / "train"), f"{tmp_path}/away"]
+    sources = f"data.sources=[{','.join(f'{{index: {name}}}' for name in named)}]"
+    told = examined(capsys, [sources, f"data.val={tmp_path}/empty", trained.sources[2]], "train.steps=8")
+    said = [finding["text"] for finding in told["findings"] if finding["check"] == "shards"]
+    for name in ("gone", "away", "empty"):
+        assert f"there is no index of shards here ({tmp_path}/{name}/index.json)" in said
+    assert any("two training sources are the same" in text for text in said)
+    assert any("shards differ from the index" in text and shard.name in text for text in said)
+    assert len(said) == 5 == told["problems"] and told["exit_code"] == 1, told
+    assert of(told, "model")["level"] == "ok", "its classes are those of a source that opens"
+
+
+@pytest.mark.parametrize(("stage", "in_job"), [("the kernels", False), ("the checkpoints", False), ("W&B", True)])
+def test_what_was_found_before_the_time_ran_out_is_told(
+    stage: str, in_job: bool, trained: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Watch):
+        """The time is over at `stage`."""
+
+        def __init__(self, _: float, overdue: Callable[[str], None], *, began: float) -> None:
+            super().__init__(600, overdue)
+            self.overdue = overdue
+
+        @contextmanager
+        def at(self, now: str) -> Iterator[None]:
+            if now == stage:
+                self.end()
+                self.overdue(now)
+            with super().at(now):
+                yield
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(examination, "Watch", Late)
+    monkeypatch.setattr(examination.os, "_exit", end)
+    more = ["--in-job"] if in_job else []
+    with pytest.raises(SystemExit) as ended:
+        main([*words(trained.sources, "train.steps=8", *more), "--processes", "1"])
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == told["exit_code"] == (0 if in_job else 1)
+    assert told["hosts"] == [host_name()] and of(told, "doctor")["level"] == ("warning" if in_job else "problem")
+    assert f"{stage} did not come to an end within 60 s" in of(told, "doctor")["text"]
+    found = {finding["check"] for finding in told["findings"] if finding["level"] == "ok"}
+    assert found >= {"versions", "open files", "host memory"}, found
+    assert ("shards" in found) == (stage != "the kernels") and ("labels" in str(told)) == (stage == "the checkpoints")
+    assert "start" not in found and "gpus" not in found and told["problems"] == (not in_job)
 
 
 def test_a_wrong_command_line_and_a_configuration_that_cannot_be_read_are_exit_2(

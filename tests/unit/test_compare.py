@@ -116,13 +116,19 @@ def _refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> st
 
 def test_mistakes_are_told(pair: list[RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (str(run.path) for run in pair)
-    assert "1 runs cannot be compared" in _refused([first], capsys)
+    assert "1 run cannot be compared" in _refused([first], capsys)
     assert "named twice" in _refused([first, f"{first}/../run"], capsys)
     assert "no such run directory" in _refused([first, str(tmp_path / "none")], capsys)
     (tmp_path / "empty").mkdir()
     assert "nothing to compare" in _refused([first, str(tmp_path / "empty")], capsys)
     assert "does not exist" in _refused([first, second, "--out", str(tmp_path / "no" / "x.html")], capsys)
     assert "is a folder" in _refused([first, second, "--out", str(tmp_path)], capsys)
+    config = pair[0].config.read_text()
+    for out in (pair[0].config, tmp_path / "page"):
+        assert "no name of a page" in _refused([first, str(tmp_path / "none"), "--out", str(out)], capsys), "at once"
+    assert pair[0].config.read_text() == config and not (tmp_path / "page").exists()
+    with pytest.raises(UserError, match="no name of a page"):
+        write_comparison([], pair[0].config)
     pair[1].config.write_text("a: [1\n")
     assert "configuration cannot be read" in _refused([first, second], capsys)
     with pytest.raises(UserError, match="cannot be compared"):

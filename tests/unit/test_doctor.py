@@ -216,12 +216,20 @@ def test_a_byte_of_a_shard_that_changed_and_a_shard_that_is_gone_are_named(packe
     # What other nodes see is a mount that this one lacks, so another node may do.
     apart = judge_shards([{"host": "n1", "shards": gone}, {"host": "n2", "shards": whole}])
     assert only(apart, PROBLEM, "on n1").fault
-    blind = judge_shards(
-        [{"host": "n1", "shards": {"error": ["no index", "/x", "", False]}}, {"host": "n2", "shards": whole}]
-    )
-    assert only(blind, PROBLEM, "n1 cannot open a source that the other nodes can").fault
-    mine = judge_shards([{"host": "n1", "shards": {"error": ["no index", "/x", "Pack it.", False]}}])
-    assert not only(mine, PROBLEM, "no index (/x)").fault
+    away, other = ["/x", "no index", "/x/index.json", "Pack it.", False], ["/y", "no task", "/y", "Take it.", False]
+    blind = judge_shards([{"host": "n1", "shards": {"errors": [away]}}, {"host": "n2", "shards": whole}])
+    assert only(blind, PROBLEM, "n1 cannot open a source that the other nodes can: no index (/x/index.json)").fault
+    both = {"host": "n1", "shards": {"errors": [away, other, away]}}
+    for reports in ([both], [both, {**both, "host": "n2"}]):
+        assert [(f.text, f.remedy, f.fault) for f in judge_shards(reports)] == [
+            ("no index (/x/index.json)", "Pack it.", False),
+            ("no task (/y)", "Take it.", False),
+        ]
+    mixed = judge_shards([{"host": "n1", "shards": {**gone, "errors": [other]}}])
+    assert [f.text.split()[0] for f in mixed] == ["no", "1"], "the other sources are looked at all the same"
+    late = [["", "the shards did not answer", "", "Look.", True]]
+    apart = judge_shards([{"host": "n1", "shards": {"errors": late}}, {"host": "n2", "shards": whole}])
+    assert only(apart, PROBLEM, "n1: the shards did not answer").fault
 
 
 def test_no_time_for_checksums_is_said(packed: Path) -> None:

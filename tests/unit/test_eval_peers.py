@@ -16,7 +16,8 @@ from PIL import Image
 from torchmetrics.detection import PanopticQuality
 
 from mf_scale.distributed import comm
-from mf_scale.evaluation.confusions import ConfusionCounts
+from mf_scale.evaluation import confusions
+from mf_scale.evaluation.confusions import ConfusionCounts, _merged
 from mf_scale.evaluation.counting import class_map
 from mf_scale.evaluation.metrics import PanopticCounts, SemanticCounts, outlines
 from tests.unit.perturbed import SAMPLE, disturbed
@@ -247,7 +248,43 @@ def test_confusions_of_all_ranks_above_the_bound_are_not_told(monkeypatch: pytes
     """Each rank's are below it: whether they are told must not depend on how many share the images."""
     counts = ConfusionCounts(10, most=3)
     counts.update(np.array([1, 2]), np.array([0, 1]))
-    others = np.zeros(100, dtype=np.int64)
-    others[[45, 46]] = 7
-    monkeypatch.setattr(comm, "sum_array", lambda values: values + others if len(values) == 100 else values)
-    assert counts.results(np.full(10, 9)) is None
+    for others, told in (([1, 45], 3), ([45, 46], None)):
+        theirs = np.array([others, [7, 7]]).tobytes()
+        monkeypatch.setattr(comm, "gather_bytes", lambda data, owner, theirs=theirs: [data, theirs])
+        results = counts.results(np.full(10, 9))
+        assert (results and len(results)) == told
+        assert results is None or results[0] == {"truth": 0, "predicted": 1, "pixels": 8, "share": 8 / 9}
+
+
+@pytest.mark.parametrize("waiting", [0, 7, 1 << 18])
+def test_confusions_are_merged_now_and_then(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confusions, "_WAITING", waiting)
+    random, counts = np.random.default_rng(3), ConfusionCounts(20)
+    truth, found = random.integers(-1, 20, (2, 40, 30))
+    merges: list[int] = []
+
+    def merged(pairs: Any, pixels: Any) -> Any:
+        merges.append(len(pairs))
+        return _merged(pairs, pixels)
+
+    monkeypatch.setattr(confusions, "_merged", merged)
+    for row in range(40):
+        counts.update(found[row], truth[row])
+    made, results = len(merges), counts.results(np.full(20, 1))
+    assert results is not None and all(one["pixels"] == _times(truth, found, one) for one in results)
+    wrong = (truth >= 0) & (found >= 0) & (truth != found)
+    assert len(counts.pairs) == len(np.unique(truth[wrong] * 20 + found[wrong])) and len(results) == 50
+    assert 1 < made < 40 if waiting < 8 else made == 0
+
+
+def _times(truth: np.ndarray, found: np.ndarray, one: dict[str, Any]) -> int:
+    return int(((truth == one["truth"]) & (found == one["predicted"])).sum())
+
+
+def test_confusions_above_the_bound_cost_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confusions, "_WAITING", 0)
+    counts = ConfusionCounts(10, most=3)
+    counts.update(np.arange(1, 5), np.arange(4))
+    assert counts.passed and not len(counts.pairs)
+    monkeypatch.setattr(np, "unique", None)
+    counts.update(np.arange(1, 5), np.arange(4))

@@ -19,7 +19,7 @@ from mf_scale.errors import UserError
 from mf_scale.evaluation.counting import class_map, flat_map
 from mf_scale.evaluation.forward import answer, inference_size
 from mf_scale.evaluation.looking import choose
-from mf_scale.evaluation.results import make_room, results_table, save_evaluation
+from mf_scale.evaluation.results import make_room, results_table, save_evaluation, write_evaluation
 from mf_scale.evaluation.runner import evaluate, evaluate_run
 from mf_scale.models.build import build_model
 from mf_scale.rundir import RunDir
@@ -174,8 +174,9 @@ def test_ranks_share_the_samples(index: Index) -> None:
 def test_saved_results_pictures_and_event(index: Index, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.report.mkdir(parents=True)
-    (run.report / "val-07-image.png").write_text("of an earlier evaluation")
     make_room(run, "val")
+    assert not list(run.report.iterdir())
+    (run.report / "classes-val.png").write_text("of the report")
     save_evaluation(run, _evaluate(index, pictures=2), step=40)
     results = json.loads((run.report / "evaluation-val.json").read_text())
     assert results["step"] == 40 and results["mIoU"] > 0.95
@@ -185,10 +186,27 @@ def test_saved_results_pictures_and_event(index: Index, tmp_path: Path) -> None:
     assert results["pictures"][-3]["score"] >= results["pictures"][-2]["score"] >= results["pictures"][-1]["score"]
     views = [v for p in results["pictures"] for v in p["views"]]
     files = {v["file"] for v in views} | {v["classes"] for v in views if v["title"] != "image"}
-    assert files == {f.name for f in run.report.glob("*.png")} and len(files) == 7 * len(results["pictures"]) >= 21
+    assert (
+        files == {f.name for f in run.report.glob("val-40-*.png")} and len(files) == 7 * len(results["pictures"]) >= 21
+    )
     (event,) = read_metrics(run.metrics)
     assert (event["event"], event["step"], event["split"], event["samples"]) == ("evaluation", 40, "val", 5)
     assert event["mIoU"] == results["mIoU"] and event["PQ"] == results["PQ"]
+
+
+def test_the_pictures_of_the_last_results_are_there_until_the_next_are_written(index: Index, tmp_path: Path) -> None:
+    run, evaluation = RunDir(tmp_path / "run"), _evaluate(index, pictures=1)
+
+    def write(file: Path, text: str) -> None:
+        named = [json.loads(t) for t in (file.read_text() if file.exists() else text, text)]
+        views = [view for results in named for picture in results["pictures"] for view in picture["views"]]
+        assert all((run.report / view["file"]).is_file() for view in views)
+        file.write_text(text)
+
+    for step in (1, 2):
+        make_room(run, "val")
+        write_evaluation(run, evaluation, step=step, write=write)
+        assert all(picture.name.startswith(f"val-{step}-") for picture in run.report.glob("*.png"))
 
 
 def test_pictures_show_truth_and_prediction_alike(index: Index) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_batches_for_every_number_of_ranks_and_the_reason_where_there_is_none() 
     plan = plan_config(R50, ["train.global_batch=12", "data.crop=[64,64]"], 6)
     assert [(b.world_size, b.accumulation) for b in plan.batches] == [(1, 6), (2, 3), (3, 2), (4, 3), (6, 1)]
     assert plan.refusal is None
+    began = time.process_time()
+    many = plan_config(R50, ["train.global_batch=12", "data.crop=[64,64]"], 1_000_000)
+    assert many.batches[-1].world_size == 12 and "cannot be shared by 1000000 ranks" in (many.refusal or "")
+    assert time.process_time() - began < 20, "seconds of this process: not every number is tried"
     plan = plan_config(R50, ["train.global_batch=12", "data.crop=[64,64]"], 5)
     assert [b.world_size for b in plan.batches] == [1, 2, 3, 4]
     assert plan.refusal is not None and "cannot be shared by 5 ranks" in plan.refusal
@@ -188,6 +193,10 @@ def test_a_model_that_needs_numbers_is_refused_in_a_paragraph(monkeypatch: pytes
         ([str(CONFIGS / "demo.yaml"), "model.num_classes=null", "data.train=nowhere"], "model.num_classes is not set"),
         ([R50, "--gpu-memory", "80"], "'80' is no size of a memory"),
         ([R50, "--gpu-memory", "0GB"], "'0GB' is no size of a memory"),
+        ([R50, "--gpu-memory", "1GiB"], "1GiB is less than the 1.5 GiB that are left free"),
+        ([R50, "--gpu-memory", "1.5GiB"], "1.5GiB is no more than the 1.5 GiB that are left free"),
+        ([R50, "--nodes", "100000000"], "800,000,000 ranks are more than can be planned for"),
+        ([R50, "--processes", "1048577"], "1,048,577 ranks are more than can be planned for"),
         ([R50, "--nodes", "2", "--processes", "8"], "--processes counts all ranks"),
         ([R50, R50, "--measure"], "--measure runs one configuration"),
         ([R50, "model.backbone.name=resnet5O"], "Nearest names"),

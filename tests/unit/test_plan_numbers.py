@@ -16,8 +16,8 @@ from mf_scale.config.validate import BatchPlan
 from mf_scale.errors import UserError
 from mf_scale.plan.activations import Activations
 from mf_scale.plan.checkpoints import count_checkpoints
-from mf_scale.plan.fit import fit, layouts, needed, needs, usable_of
-from mf_scale.plan.sizes import GIB, parse_size, shown
+from mf_scale.plan.fit import advice, fit, layouts, needed, needs, usable_of
+from mf_scale.plan.sizes import GIB, divisors, parse_size, shown
 from mf_scale.plan.stand_ins import FusedAttention
 from mf_scale.plan.states import Layout, Tensors, count_states
 from mf_scale.plan.time import Rate, cores, duration
@@ -115,6 +115,35 @@ def test_the_smallest_stage_that_takes_the_configured_micro_batch_is_chosen() ->
     stage, size = chosen(20 * GIB) or (0, 0)
     assert stage > 0 and size is not None and size >= 2
     assert chosen(4 * GIB) is None
+
+
+def lines_of(memory: int, *, ranks: int = 8, **more: Any) -> list[str]:
+    config = Config()
+    config.train.global_batch = 6 * ranks
+    plan = BatchPlan(6 * ranks, 2, 3, ranks)
+    return list(advice(config, plan, BIG, lambda changed: grow, memory, **more))
+
+
+def test_what_would_help_needs_less_than_the_best_stage_does_now() -> None:
+    """One rank: stage 3 shards nothing and needs more than stage 0 does."""
+    (away, more) = lines_of(5 * GIB, ranks=1)
+    assert away.startswith("zero.offload_optimizer=true: ") or away.startswith("zero.offload_optimizer=true and ")
+    assert "6 GPUs instead of 1: " in more
+    one = BatchPlan(6, 1, 6, 1)
+    now = min(needed(count_states(BIG, layout), grow(1)) for layout in layouts(Config(), one, offloads=False))
+    six = {
+        layout.stage: needed(count_states(BIG, layout), grow(1))
+        for layout in layouts(Config(), BatchPlan(6, 1, 1, 6), offloads=False)
+    }
+    best = min(six, key=lambda stage: six[stage])
+    assert more.split(": ")[1].startswith(f"{shown(six[best])} at stage {best} with a micro-batch of 1")
+    assert six[best] < now
+    assert "data.crop" not in str(lines_of(5 * GIB)), "what needs as much as now is no help"
+    assert not any("offload" in line.split(":")[0] for line in lines_of(5 * GIB, offloads=True)), "it is tried already"
+
+
+def test_divisors() -> None:
+    assert [divisors(n) for n in (1, 7, 12, 36)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12], [1, 2, 3, 4, 6, 9, 12, 18, 36]]
 
 
 def test_the_update_counts_where_it_needs_more_than_the_activations() -> None:

@@ -163,7 +163,7 @@ def test_a_folder_that_holds_something_else_is_refused(run: str, whole: Path, li
         predicted([listed], run, whole, "semantic", part_size=2)
     with pytest.raises(UserError, match="--part-size was 2, now 3"):
         predicted([listed], run, whole, part_size=3)
-    with pytest.raises(UserError, match="it is of 6 images, this input of 1 images"):
+    with pytest.raises(UserError, match="it is of 6 images, this input of 1 image "):
         predicted(IMAGES[:1], run, whole, part_size=2)
     other = small_run(tmp_path / "other")
     with pytest.raises(UserError, match=r"--run was .*, now "):

@@ -12,6 +12,7 @@ import pytest
 from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import MetricsLog
+from mf_scale.tracking.pictures import read_png
 from mf_scale.tracking.report.data import SourceCounts
 from mf_scale.tracking.report.page import headline, write_report
 from mf_scale.tracking.report.wrong import Hang
@@ -132,9 +133,19 @@ def test_nothing_to_report_is_a_users_mistake(run: RunDir) -> None:
         write_report(run)
 
 
-def test_a_picture_that_is_gone_is_a_users_mistake(run: RunDir) -> None:
+def test_a_picture_that_is_gone_is_left_out_with_a_word(run: RunDir) -> None:
     evaluated(run, classes=6)
+    whole = write_report(run).read_text()
+    sheet = read_png(run.report / "samples-val.png")
     (run.report / "val-00-image.png").unlink()
+    page = write_report(run).read_text()
+    assert page.count("<figure><img") == whole.count("<figure><img") - 1
+    assert page.count("1 picture is missing: evaluate the run again") >= 1 and "is missing" not in whole
+    assert len(read_png(run.report / "samples-val.png")) < len(sheet), "whole rows only"
+    for picture in run.report.glob("val-*.png"):
+        picture.unlink()
+    assert "2 pictures are missing" in write_report(run).read_text()
+    (run.report / "val-00-image.png").write_text("no picture")
     with pytest.raises(UserError, match=r"val-00-image\.png"):
         write_report(run)
 

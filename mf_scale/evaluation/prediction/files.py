@@ -8,6 +8,7 @@ import mmap
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from mf_scale.config.urls import redact
 from mf_scale.data.decode import IMAGE_FORMATS, UNREADABLE
-from mf_scale.data.single import SingleFiles
+from mf_scale.data.single import SingleFiles, local_path
 from mf_scale.errors import UserError
 from mf_scale.evaluation.prediction.words import Job, Loaded, image_id_of
 
@@ -78,11 +79,14 @@ class FileSource:
         return self._lists[number][position - (self._ends[number - 1] if number else 0)]
 
     def identity(self) -> dict[str, Any]:
+        """Of images named one by one: with size and time, so that a changed one is another; of lists: their bytes.
+
+        A list may name millions, and a look at each would take hours; so of it only its own bytes count.
+        """
         digest = hashlib.sha256()
         for some in self._lists:
-            digest.update(
-                some.digest.encode() if isinstance(some, Lines) else "\n".join(some).encode("utf-8", "replace")
-            )
+            told = some.digest if isinstance(some, Lines) else "\n".join(map(_state_of, some))
+            digest.update(told.encode("utf-8", "replace"))
         return {"kind": "images", "images": self.total, "digest": digest.hexdigest()}
 
     def size(self, part: int) -> int:
@@ -105,12 +109,35 @@ class FileSource:
         name = self._names[position] if self._names else f"{image_id:012d}"
         shown = redact(given).encode("utf-8", "replace").decode()
         try:
-            return Loaded(image_id, shown, name, decode_upright(self._files.read(given), max_pixels, shown))
+            with urls_of_images():
+                data = self._files.read(given)
+            return Loaded(image_id, shown, name, decode_upright(data, max_pixels, shown))
         except UserError as error:
             return Loaded(image_id, shown, name, fault=error)
 
     def _load(self, position: int, max_pixels: int) -> list[Loaded]:
         return [self.load(position, max_pixels)]
+
+
+@contextmanager
+def urls_of_images() -> Iterator[None]:
+    """What is refused of a url, told of an image: the sources of a training are refused by the same law."""
+    try:
+        yield
+    except UserError as error:
+        error.what = error.what.replace("the url of a source", "the url of an image")
+        error.what = error.what.replace("sources of the kind", "urls of the kind")
+        raise
+
+
+def _state_of(given: str) -> str:
+    """A path with what changes when its file does; of a url, or of a file that is not there, the name alone."""
+    path = local_path(given)
+    try:
+        found = path.stat() if path is not None else None
+    except (OSError, ValueError):
+        found = None
+    return f"{given} {found.st_size} {found.st_mtime_ns}" if found else given
 
 
 def folder_images(folder: Path) -> list[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from mf_scale.errors import EXIT_USER, UserError
+from mf_scale.evaluation.prediction.claims import sweep
+from mf_scale.evaluation.prediction.commits import books_of, part_name
 from mf_scale.evaluation.prediction.plan import QUARANTINE, SUMMARY, mark
-from mf_scale.evaluation.prediction.words import PARTS
-from mf_scale.evaluation.prediction.write import books_of, part_name
+from mf_scale.evaluation.prediction.words import PARTS, counted
 from mf_scale.rundir import disk_errors, read_json, write_atomically
 
 MOST_MERGED = 100_000
@@ -40,6 +41,7 @@ def finish(folder: Path, plan: dict[str, Any], parts: int, merge: bool | None) -
         summary["without_segments"] = summary["without_segments"][:5]
     if summary["quarantined"]:
         _write(folder / QUARANTINE, lambda file: _copy(books, parts, file))
+    sweep(books)
     merged = summary["images"] <= MOST_MERGED if merge is None else merge
     summary["merged"] = merge_coco(folder, books, parts, plan) if merged else []
     write_atomically(folder / SUMMARY, json.dumps(summary, ensure_ascii=False), mark=mark())
@@ -92,7 +94,10 @@ def tell(folder: Path, plan: dict[str, Any], summary: dict[str, Any]) -> int:
         for line, _ in zip(file, range(TOLD), strict=False):
             bad = json.loads(line)
             print(f"mf-scale: {UserError(bad['reason'], where=bad['where'], remedy=bad['remedy'])}", file=sys.stderr)
-    more = f"{summary['quarantined']:,} images were not predicted; all of them with reasons: {folder / QUARANTINE}"
+    were = (
+        f"{counted(summary['quarantined'], 'image')} {'was' if summary['quarantined'] == 1 else 'were'} not predicted"
+    )
+    more = f"{were}; with {'its reason' if summary['quarantined'] == 1 else 'all reasons'}: {folder / QUARANTINE}"
     print(f"mf-scale: {more}", file=sys.stderr)
     return EXIT_USER
 
@@ -118,7 +123,7 @@ def _results(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _copy(books: Path, parts: int, file: IO[str]) -> None:
     for part in range(parts):
         path = books / part_name(part, "quarantine.jsonl")
-        if path.exists():
+        if read_json(books / part_name(part, "json"))["quarantined"]:
             with path.open(encoding="utf-8") as lines:
                 file.writelines(lines)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mf_scale.config.urls import redact, scheme_of
 from mf_scale.data.index import HEAD, Index
 from mf_scale.data.single import local_path
 from mf_scale.errors import UserError
-from mf_scale.evaluation.prediction.files import SUFFIXES, FileSource, Lines, folder_images
+from mf_scale.evaluation.prediction.files import SUFFIXES, FileSource, Lines, folder_images, urls_of_images
 from mf_scale.evaluation.prediction.shards import IndexSource, TarSource
 from mf_scale.evaluation.prediction.words import FILES, PARTS, Options
 
@@ -62,8 +63,9 @@ def _look_at(word: str) -> tuple[str, Sequence[str]]:
     """images, tars or sources, and which."""
     path = local_path(word)
     if path is None:
-        scheme_of(word)
-        suffix = Path(word).suffix.lower()
+        suffix = Path(word.partition("?")[0]).suffix.lower()
+        with urls_of_images() if suffix in SUFFIXES else nullcontext():
+            scheme_of(word)
         return ("images" if suffix in SUFFIXES else "tars" if suffix == TAR else "sources"), [word]
     if path.is_dir():
         return _look_into(path)

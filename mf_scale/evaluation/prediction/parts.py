@@ -11,28 +11,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mf_scale.errors import EXIT_USER, FaultError, StoppedOnRequest, UserError
 from mf_scale.evaluation.forward import answer
-from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
 from mf_scale.evaluation.prediction.ahead import ahead, in_background
+from mf_scale.evaluation.prediction.begin import Work, look, prepare, refuse_to_overwrite
+from mf_scale.evaluation.prediction.claims import Claims
+from mf_scale.evaluation.prediction.commits import books_of, committed_parts
 from mf_scale.evaluation.prediction.files import FileSource
-from mf_scale.evaluation.prediction.find import Look, Written, categories, find, refused, write
-from mf_scale.evaluation.prediction.finish import finish, tell, thresholds_of
-from mf_scale.evaluation.prediction.input import open_input
-from mf_scale.evaluation.prediction.plan import identity_of, planned_checkpoint, refuse_other, write_plan
-from mf_scale.evaluation.prediction.shards import IndexSource
-from mf_scale.evaluation.prediction.words import Item, Job, Loaded, Options, PartEnd, Share, Source
-from mf_scale.evaluation.prediction.write import PartWriter, committed_parts
-from mf_scale.rundir import RunDir, committed_checkpoints, resolve_checkpoint
+from mf_scale.evaluation.prediction.find import Written, find, refused, write
+from mf_scale.evaluation.prediction.finish import finish, tell
+from mf_scale.evaluation.prediction.words import Item, Job, Loaded, Options, PartEnd, Share, counted
+from mf_scale.evaluation.prediction.write import PartWriter
+from mf_scale.rundir import RunDir, committed_checkpoints
 
 READERS = 16
 """Threads that fetch and decode single files: a url waits for its server most of the time."""
@@ -45,19 +42,6 @@ NETWORK_IS_DOWN = 20
 ALONE = Share()
 
 
-@dataclass(frozen=True)
-class Work:
-    """A prediction ready to go on."""
-
-    folder: Path
-    plan: dict[str, Any]
-    source: Source
-    loaded: LoadedModel
-    look: Look
-    parts: list[int]
-    """Of this process, and not committed."""
-
-
 def predict_images(
     inputs: Sequence[str],
     run: str,
@@ -65,29 +49,34 @@ def predict_images(
     options: Options,
     *,
     share: Share = ALONE,
+    overwrite: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Predict the inputs (files, folders, urls, lists, tars, a source) into folder `out`; the exit code.
 
     An image that cannot be read is quarantined and told at the end with exit code 2; where it is the only one it is
     the UserError. Raises StoppedOnRequest once `stop()`: the same call goes on behind the last committed part.
+    Parts that another process is making are left to it. With `overwrite` what is there is removed, once all is checked.
     """
-    folder = Path(out)
     with _said_once(share):
-        source, layout = open_input(inputs, options)
-        identity = identity_of(run, source, layout, options)
-        plan = refuse_other(folder, identity, source)
+        if overwrite:
+            refuse_to_overwrite(share)
+        asked = look(inputs, run, out, options, overwrite)
+    folder, source, plan, layout = asked.folder, asked.source, asked.plan, asked.identity["layout"]
     done = committed_parts(folder, layout) if plan else set()
     mine = [part for part in share.take(range(source.parts)) if part not in done]
     if mine:
         with _said_once(share):
-            work = _prepare(folder, plan, identity, source, run, options, mine)
+            work = prepare(asked, mine)
         if plan is not None and share.first:
             print(f"going on with {work.loaded.checkpoint.name}: {len(done)} of {source.parts} parts are there")
-        _predict(work, share, stop)
+        _predict_all(work, share, stop)
         plan, done = work.plan, committed_parts(folder, layout)
     if plan is None or len(done) < source.parts:
-        if share.first and share.of > 1:
+        if theirs := len(set(mine) - done):
+            held = f"{counted(theirs, 'part')} of {source.parts:,} {'is' if theirs == 1 else 'are'} being made by"
+            print(f"{held} another process; the one that ends last tells of all of them: {folder}")
+        elif share.first and share.of > 1:
             print(f"share {share.number} of {share.of} is done; the one that ends last tells of all of them: {folder}")
         return 0
     if not mine and share.first:
@@ -105,67 +94,59 @@ def _said_once(share: Share) -> Iterator[None]:
         raise
 
 
-def _prepare(
-    folder: Path,
-    plan: dict[str, Any] | None,
-    identity: dict[str, Any],
-    source: Source,
-    run: str,
-    options: Options,
-    mine: list[int],
-) -> Work:
-    """Load the model and write the plan; whatever can be refused is refused before anything is written."""
-    run_dir, checkpoint = resolve_checkpoint(run) if plan is None else (None, planned_checkpoint(plan))
-    loaded = load_checkpoint(run_dir, checkpoint, options.overrides, _device())
-    look = Look(loaded.vocabulary, bool(identity["overlay"]), _shown(loaded, options))
-    _refuse_task(loaded, options.task)
-    if plan is None:
-        _refuse_only(source, loaded)
-        if isinstance(source, IndexSource):
-            source.check()
-        told = {"categories": categories(loaded.vocabulary), "limits": thresholds_of(options.task, loaded.config.eval)}
-        plan = write_plan(folder, identity, checkpoint, told)
-        if plan["checkpoint"] != str(checkpoint):  # another process was faster, and the run went on meanwhile
-            loaded = load_checkpoint(None, planned_checkpoint(plan), options.overrides, _device())
-    return Work(folder, plan, source, loaded, look, mine)
+def _predict_all(work: Work, share: Share, stop: Callable[[], bool]) -> None:
+    """Predict the parts of this process, and once more those that others held: these may have died meanwhile."""
+    while work.parts and _predict(work, share, stop):
+        done = committed_parts(work.folder, work.plan["layout"])
+        work = replace(work, parts=[part for part in work.parts if part not in done])
 
 
-def _predict(work: Work, share: Share, stop: Callable[[], bool]) -> None:
-    """Predict and commit the parts of this process."""
-    writer = PartWriter(work.folder, work.plan["layout"], {"checkpoint": work.plan["checkpoint"]})
+def _predict(work: Work, share: Share, stop: Callable[[], bool]) -> int:
+    """Predict and commit the parts of this process that nobody else holds; how many they were."""
+    layout, made = work.plan["layout"], 0
+    claims = Claims(books_of(work.folder, layout), layout)
+    writer = PartWriter(work.folder, layout, claims, {"checkpoint": work.plan["checkpoint"]})
     threads = _threads(share)
     readers = ThreadPoolExecutor(READERS if isinstance(work.source, FileSource) else threads, "mf-predict-decode")
     writers = ThreadPoolExecutor(threads, "mf-predict-encode")
     pixels = work.loaded.config.data.max_pixels
     try:
-        read = ahead(readers, _jobs(work, pixels), 2 * threads + READERS, _bytes_of_image, BUDGET)
+        read = ahead(readers, _jobs(work, claims, pixels), 2 * threads + READERS, _bytes_of_image, BUDGET)
         with closing(in_background(read, 2, stop)) as images, _progress(work, share) as bar:
             written = ahead(writers, _answers(work, images), 2 * threads, _bytes_of_files, BUDGET)
             parts = iter(work.parts)
             part = next(parts, None)
             for result in written:
                 if isinstance(result, PartEnd):
-                    writer.commit(result.part)
+                    if result.theirs:
+                        _shorten(bar, work.source.size(result.part))
+                    else:
+                        writer.commit(result.part)
+                        made += 1
                     part = next(parts, None)
                 elif part is not None:
                     writer.add(part, result)
                     bar.update()
         if part is not None:
-            there = len(committed_parts(work.folder, work.plan["layout"]))
+            there = len(committed_parts(work.folder, layout))
             if share.first:
                 print(f"stopped on request with {there:,} of {work.source.parts:,} parts: the same command goes on")
             raise StoppedOnRequest
     finally:
         writer.abandon()
+        claims.close()
         for pool in (readers, writers):
             pool.shutdown(wait=False, cancel_futures=True)
+    return made
 
 
-def _jobs(work: Work, max_pixels: int) -> Iterator[Job]:
-    """What is to be read and decoded, with the ends of the parts."""
+def _jobs(work: Work, claims: Claims, max_pixels: int) -> Iterator[Job]:
+    """What is to be read and decoded of the parts that can be claimed, with the ends of all parts."""
     for part in work.parts:
-        yield from work.source.jobs(part, max_pixels)
-        yield partial(list, [PartEnd(part)])
+        ours = claims.take(part)
+        if ours:
+            yield from work.source.jobs(part, max_pixels)
+        yield partial(list, [PartEnd(part, theirs=not ours)])
 
 
 def _answers(work: Work, images: Iterator[Item]) -> Iterator[Callable[[], list[Written | PartEnd]]]:
@@ -195,58 +176,12 @@ def _listed(act: Callable[..., Written], *arguments: Any) -> list[Written | Part
     return [act(*arguments)]
 
 
-def _refuse_task(loaded: LoadedModel, task: str) -> None:
-    where = str(loaded.checkpoint)
-    if loaded.config.model.kind.startswith("per_pixel") and task != "semantic":
-        raise UserError(
-            "a per-pixel model gives every pixel a class and knows no segments",
-            where=where,
-            remedy="Use --task semantic.",
-        )
-    if task == "instance" and not any(loaded.vocabulary.things):
-        raise UserError(
-            f"vocabulary {loaded.vocabulary.name!r} has no thing class, so there are no instances to find",
-            where=where,
-            remedy="Use --task semantic or panoptic.",
-        )
-
-
-def _refuse_only(source: Source, loaded: LoadedModel) -> None:
-    """Where one image is all there is, what is wrong with it is the answer, and no folder is made."""
-    if source.total == 1 and isinstance(source, FileSource):
-        fault = source.load(0, loaded.config.data.max_pixels).fault
-        if fault is not None:
-            raise fault
-
-
-def _shown(loaded: LoadedModel, options: Options) -> frozenset[int]:
-    """The labels of the classes that a person wants to see."""
-    names = loaded.vocabulary.names
-    for name in options.classes:
-        if name not in names:
-            close = get_close_matches(name, names, 2)
-            raise UserError(
-                f"there is no class {name!r}",
-                where=f"vocabulary {loaded.vocabulary.name!r}",
-                remedy=f"Did you mean {' or '.join(close)}?" if close else "The run's vocabulary.json lists them all.",
-            )
-    return frozenset(names.index(name) for name in options.classes)
-
-
 def _tell_before(plan: dict[str, Any], run: str) -> None:
     """All of it is there already: with which checkpoint, and whether there is a newer one."""
     checkpoint = Path(plan["checkpoint"])
     newer = [c.name for c in committed_checkpoints(RunDir(Path(run)))[:1] if c.name > checkpoint.name]
     hint = f", and the run has {newer[0]} by now" if newer else ""
     print(f"this was predicted before, with {checkpoint.name}{hint}; --overwrite predicts it anew")
-
-
-def _device() -> torch.device:
-    """The GPU of this rank; several ranks may share one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    return torch.device("cuda", local % torch.cuda.device_count())
 
 
 def _threads(share: Share) -> int:
@@ -262,6 +197,12 @@ def _bytes_of_image(image: Item) -> int:
 
 def _bytes_of_files(written: Written | PartEnd) -> int:
     return sum(len(content) for _, content in written.files) if isinstance(written, Written) else 0
+
+
+def _shorten(bar: tqdm[Any], images: int | None) -> None:
+    if bar.total is not None and images is not None:
+        bar.total -= images
+        bar.refresh()
 
 
 def _progress(work: Work, share: Share) -> tqdm[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from mf_scale.errors import UserError
 from mf_scale.evaluation.prediction.files import FileSource
-from mf_scale.evaluation.prediction.words import FILES, Options, Source
+from mf_scale.evaluation.prediction.words import FILES, Options, Source, counted
 from mf_scale.rundir import MANIFEST, disk_errors, file_digest, read_json, resolve_checkpoint
 
 PLAN, SUMMARY, QUARANTINE = "predict.json", "summary.json", "quarantine.jsonl"
@@ -58,11 +58,18 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / PLAN) if (folder / PLAN).exists() else None
 
 
-def refuse_other(folder: Path, identity: dict[str, Any], source: Source) -> dict[str, Any] | None:
-    """The plan of the same prediction, begun before, or None; UserError where the folder holds something else."""
+def refuse_other(
+    folder: Path, identity: dict[str, Any], source: Source, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """The plan of the same prediction, begun before, or None; UserError where the folder holds something else.
+
+    With `overwrite` what a prediction wrote there does not count: it is to be removed.
+    """
     there = _names_in(folder)  # first: what another process writes after its plan is no stranger's
     plan = read_plan(folder)
-    if plan is None:
+    if plan is None or overwrite:
+        if plan is not None:
+            there -= {path.name for path in _files_of_prediction(folder)}
         _refuse_taken(folder, there, source, identity["layout"])
         return None
     differing = [key for key in identity if plan.get(key) != identity[key]]
@@ -120,25 +127,37 @@ def planned_checkpoint(plan: dict[str, Any]) -> Path:
 
 def remove_prediction(folder: Path) -> None:
     """Remove what a prediction has written into a folder, and nothing else; its plan goes last."""
-    plan = read_plan(folder)
-    if plan is None:
+    if read_plan(folder) is None:
         return
     with disk_errors(folder):
-        for book in (folder / BOOKS).glob("*part-*.jsonl*"):  # also of a part that was cut off
-            for name in _written_names(book):
-                for suffix in RESULTS:
-                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
-        shutil.rmtree(folder / BOOKS, ignore_errors=True)
-        for path in folder.iterdir():
-            if re.fullmatch(r"\.?part-\d{6,}\..*", path.name):
+        for path in _files_of_prediction(folder):
+            if path.name != PLAN:
                 path.unlink(missing_ok=True)
-        for name in (*MERGED, QUARANTINE, SUMMARY, PLAN):
-            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / BOOKS, ignore_errors=True)
+        (folder / PLAN).unlink(missing_ok=True)
+
+
+def _files_of_prediction(folder: Path) -> Iterator[Path]:
+    """What a prediction has written directly into a folder."""
+    for book in (folder / BOOKS).glob("*part-*.jsonl*"):  # also of a part that was cut off
+        for name in _written_names(book):
+            for suffix in RESULTS:
+                yield folder / f"{name}{suffix}"
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.?part-\d{6,}\..*", path.name):
+            yield path
+    for name in (*MERGED, QUARANTINE, SUMMARY, PLAN):
+        yield folder / name
 
 
 def mark() -> str:
     """What the temporary files of this process end in: another host may have the same process id."""
-    return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}.{os.getpid()}"
+    return f"{host_mark()}.{os.getpid()}"
+
+
+def host_mark() -> str:
+    """This host in the name of a file, which must not become too long."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
 
 
 def _written_names(book: Path) -> Iterator[str]:
@@ -179,13 +198,19 @@ def _refuse_taken(folder: Path, there: set[str], source: Source, layout: str) ->
 
 def _told(key: str, before: Any, now: Any) -> str:
     if key == "input" and isinstance(before, dict):
-        unit = "tars" if "tars" in now else "images"
-        counts = before.get("images", before.get("tars")), now.get("images", now.get("tars"))
-        if before.get("kind") == now.get("kind") and counts[0] == counts[1]:
-            return f"it is of {counts[0]:,} other {unit}"
-        return f"it is of {counts[0]:,} {before.get('kind')}, this input of {counts[1]:,} {now.get('kind')}"
+        if before.get("kind") != now.get("kind") or _size_of(before) != _size_of(now):
+            return f"it is of {_size_of(before)}, this input of {_size_of(now)}"
+        changed = ", or of images that have changed since" if now.get("kind") == "images" else ""
+        thing = "tars" if "tars" in now else "images"
+        return f"it is of {now.get(thing, 0):,} other {thing if now.get(thing) != 1 else thing[:-1]}{changed}"
     name = NAMES.get(key, key)
     return f"{name} was {_short(before)}, now {_short(now)}"
+
+
+def _size_of(identity: dict[str, Any]) -> str:
+    if "tars" in identity:
+        return counted(identity["tars"], "tar")
+    return counted(identity.get("images", 0), "image") + (" of a source" if identity.get("kind") == "shards" else "")
 
 
 def _short(value: Any) -> str:

@@ -79,6 +79,8 @@ class PartEnd:
     """Behind the last image of a part."""
 
     part: int
+    theirs: bool = False
+    """Another process makes it or has made it: none of its images came."""
 
 
 Item = Loaded | PartEnd
@@ -109,6 +111,11 @@ class Source(Protocol):
 
     def jobs(self, part: int, max_pixels: int) -> Iterator[Job]:
         """What there is to do for a part's images, in order; one thread asks for it."""
+
+
+def counted(number: int, thing: str) -> str:
+    """1 image, 2,000 images."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def image_id_of(name: str, position: int, image_ids: str) -> int:

@@ -1,7 +1,7 @@
 """A part's results on disk: written under temporary names, and committed once all of it is there.
 
-part-000000.json, written last, is the commit. What a killed process left is begun anew; a part that is committed is
-never touched again.
+part-000000.json, written last, is the commit. What a killed process left is begun anew by whoever holds the part's
+lock; a part that is committed is never touched again.
 """
 
 from __future__ import annotations
@@ -9,52 +9,33 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import tarfile
 from pathlib import Path
 from typing import IO, Any
 
+from mf_scale.evaluation.prediction.claims import Claims, writer_mark
+from mf_scale.evaluation.prediction.commits import books_of, is_committed, part_name
 from mf_scale.evaluation.prediction.find import Written
-from mf_scale.evaluation.prediction.plan import BOOKS, mark
+from mf_scale.evaluation.prediction.plan import SUMMARY, mark
 from mf_scale.evaluation.prediction.words import FILES
 from mf_scale.rundir import disk_errors, fsync_folder, write_atomically
 from mf_scale.tracking.pictures import write_bytes
 
-COMMIT = re.compile(r"part-(\d{6,})\.json")
 NAMED = 5
 """Images without a segment that a part's commit names."""
 
 
-def part_name(part: int, ending: str) -> str:
-    """A part's file."""
-    return f"part-{part:06d}.{ending}"
-
-
-def books_of(folder: Path, layout: str) -> Path:
-    """Where the commits and lines of the parts lie."""
-    return folder / BOOKS if layout == FILES else folder
-
-
-def committed_parts(folder: Path, layout: str) -> set[int]:
-    """The parts that are done."""
-    books = books_of(folder, layout)
-    names = [path.name for path in books.iterdir()] if books.is_dir() else []
-    return {int(found[1]) for name in names if (found := COMMIT.fullmatch(name))}
-
-
 class PartWriter:
-    """Writes the parts of a prediction, one after the other."""
+    """Writes the parts of a prediction, one after the other; each of them is claimed before."""
 
-    def __init__(self, folder: Path, layout: str, extra: dict[str, Any]) -> None:
-        self.folder, self.layout, self._extra = folder, layout, extra
-        self.books = books_of(folder, layout)
+    def __init__(self, folder: Path, layout: str, claims: Claims, extra: dict[str, Any]) -> None:
+        self.folder, self.layout, self._claims, self._extra = folder, layout, claims, extra
+        self.books, self._mark = books_of(folder, layout), writer_mark()
         self._open: dict[str, IO[bytes]] = {}
         self._tar: tarfile.TarFile | None = None
         self._part = -1
         self._counts = {"images": 0, "quarantined": 0, "empty": 0}
         self._empty: list[str] = []
-        with disk_errors(self.books):
-            self.books.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: int, written: Written) -> None:
         """One image's results into a part; FaultError or UserError where the disk does not take them."""
@@ -86,6 +67,10 @@ class PartWriter:
             if self._tar is not None:
                 self._tar.close()
                 self._tar = None
+            if is_committed(self.books, self.layout, part):  # by another process, where there are no locks
+                self._discard()
+                self._claims.release(part)
+                return dict(self._counts)
             for ending, file in self._open.items():
                 file.flush()
                 os.fsync(file.fileno())
@@ -94,23 +79,31 @@ class PartWriter:
             self._open = {}
             fsync_folder(self.books)
         commit = {**self._counts, "without_segments": self._empty[:NAMED]}
-        write_atomically(self.books / part_name(part, "json"), _json(commit), mark=mark())
+        write_atomically(self.books / part_name(part, "json"), _json(commit), mark=self._mark)
+        self._claims.release(part)
         self._part = -1
         return dict(self._counts)
 
     def abandon(self) -> None:
         """Leave the part that is not whole: close its files and remove them."""
+        if self.layout != FILES:
+            self._discard()
+        for file in self._open.values():  # they name the images whose files are there, for --overwrite
+            file.close()
+        self._open, self._tar, self._part = {}, None, -1
+
+    def _discard(self) -> None:
         for ending, file in self._open.items():
             file.close()
-            if self.layout != FILES:
-                self._partial(ending).unlink(missing_ok=True)
+            self._partial(ending).unlink(missing_ok=True)
         self._open, self._tar, self._part = {}, None, -1
 
     def _begin(self, part: int) -> None:
-        for left in self.books.glob(f".{part_name(part, '*')}"):
-            left.unlink(missing_ok=True)
-        for ending in ("jsonl", "quarantine.jsonl", "tar"):  # renamed before the commit, by a process that was killed
-            (self.books / part_name(part, ending)).unlink(missing_ok=True)
+        self._claims.clean(part)
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # of all parts, when this one was there
+        if self._claims.alone(part):  # else these may be another's that is about to commit them
+            for ending in ("json", "jsonl", "quarantine.jsonl", "tar"):  # the first: of a part that lost a file
+                (self.books / part_name(part, ending)).unlink(missing_ok=True)
         self._part, self._empty = part, []
         self._counts = dict.fromkeys(self._counts, 0)
 
@@ -120,7 +113,7 @@ class PartWriter:
         return self._open[ending]
 
     def _partial(self, ending: str) -> Path:
-        return self.books / f".{part_name(self._part, ending)}.{mark()}"
+        return self.books / f".{part_name(self._part, ending)}.{self._mark}"
 
     def _write_files(self, written: Written) -> None:
         for ending, content in written.files:

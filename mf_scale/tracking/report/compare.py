@@ -15,7 +15,7 @@ from mf_scale.errors import UserError
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.report.curves import MEASURES, Record, finite
-from mf_scale.tracking.report.page import read_evaluations
+from mf_scale.tracking.report.evaluations import read_evaluations
 from mf_scale.tracking.report.table import percent
 from mf_scale.tracking.status import RunStatus, run_status
 
@@ -55,7 +55,10 @@ class Numbers:
 def read_runs(runs: Sequence[RunDir]) -> list[Compared]:
     """Everything that is compared; UserError for too few or too many runs, twice the same, and one without metrics."""
     if not 2 <= len(runs) <= MOST_RUNS:
-        raise UserError(f"{len(runs)} runs cannot be compared", remedy=f"Name 2 to {MOST_RUNS} run directories.")
+        raise UserError(
+            f"{len(runs)} run{'s' * (len(runs) != 1)} cannot be compared",
+            remedy=f"Name 2 to {MOST_RUNS} run directories.",
+        )
     paths = [run.path.resolve() for run in runs]
     twice = next((str(path) for i, path in enumerate(paths) if path in paths[:i]), None)
     if twice is not None:

@@ -23,12 +23,19 @@ SHOWN = 20
 """Classes that differ most which are shown; the others are folded."""
 
 
-def write_comparison(runs: Sequence[Compared], page: Path) -> Path:
-    """Write the page; UserError where its folder is not there or cannot be written."""
-    if not page.parent.is_dir():
-        raise UserError("the folder of the page does not exist", where=str(page), remedy="Make it, or name another.")
+def refuse_page(page: Path) -> None:
+    """UserError where no page can be written, or what stands there is by its name something else than a page."""
     if page.is_dir():
         raise UserError("the page is a folder", where=str(page), remedy="Name a file: --out page.html")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError("this is no name of a page", where=str(page), remedy="Name a file that ends with .html.")
+    if not page.parent.is_dir():
+        raise UserError("the folder of the page does not exist", where=str(page), remedy="Make it, or name another.")
+
+
+def write_comparison(runs: Sequence[Compared], page: Path) -> Path:
+    """Write the page, in place of an older one; UserError as of `refuse_page`, and where it cannot be written."""
+    refuse_page(page)
     told, splits = numbers(runs), _shared_splits(runs)
     rows: list[list[Cell | str]] = [[Cell(name, color=_color(i)), *cells] for i, (name, *cells) in enumerate(told.rows)]
     differ = differences(runs)

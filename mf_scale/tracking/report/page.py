@@ -15,12 +15,13 @@ from typing import Any
 from markupsafe import Markup
 
 from mf_scale.errors import UserError
-from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
+from mf_scale.rundir import RunDir, disk_errors, write_atomically
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.pictures import write_bytes
 from mf_scale.tracking.report.charts import Chart, draw
 from mf_scale.tracking.report.curves import MEASURES, finite, layer_table, training_charts
 from mf_scale.tracking.report.data import SourceCounts, class_images, data_view
+from mf_scale.tracking.report.evaluations import read_evaluations
 from mf_scale.tracking.report.html import render
 from mf_scale.tracking.report.splits import metric_tables, split_view
 from mf_scale.tracking.report.starts import lost_sentence, start_marks, start_table
@@ -74,11 +75,6 @@ def write_report(run: RunDir, sources: Sequence[SourceCounts] = (), hangs: Seque
     index = run.report / "index.html"
     write_atomically(index, page)
     return index
-
-
-def read_evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """What evaluations have left of each split; UserError where a file cannot be read."""
-    return [read_json(file) for file in sorted(run.report.glob("evaluation-*.json"))]
 
 
 def drawn(run: RunDir, charts: Sequence[Chart]) -> list[Markup]:

@@ -126,16 +126,25 @@ def _pictures(run: RunDir, evaluation: Mapping[str, Any]) -> list[dict[str, Any]
     )  # stable: of one kind in the evaluation's order
     return [
         {
-            "key": picture["key"],
+            "key": picture["key"] + _missing_words(run, picture),
             "why": _WHY.get(str(picture.get("why")), ""),
             "score": picture.get("score"),
-            "views": [
-                {"title": view["title"], "data": embedded(run.report / Path(view["file"]).name)}
-                for view in picture["views"]
-            ],
+            "views": [{"title": view["title"], "data": embedded(file)} for view, file in _there(run, picture)],
         }
         for picture in told
     ]
+
+
+def _there(run: RunDir, picture: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Path]]:
+    """Views whose file is there: one of an evaluation that somebody tidied up, or copied in part, may be gone."""
+    files = [(view, run.report / Path(view["file"]).name) for view in picture["views"]]
+    return [(view, file) for view, file in files if file.is_file()]
+
+
+def _missing_words(run: RunDir, picture: Mapping[str, Any]) -> str:
+    missing = len(picture["views"]) - len(_there(run, picture))
+    told = "1 picture is missing" if missing == 1 else f"{missing} pictures are missing"
+    return f" ({told}: evaluate the run again)" if missing else ""
 
 
 def _write_bars(run: RunDir, split: str, rows: Sequence[ClassRow], measure: str) -> None:
@@ -152,9 +161,10 @@ def _write_bars(run: RunDir, split: str, rows: Sequence[ClassRow], measure: str)
 
 def _write_sheet(run: RunDir, evaluation: Mapping[str, Any]) -> None:
     """All pictures of the split in one PNG file."""
-    pictures = evaluation["pictures"]
+    found = [(picture, _there(run, picture)) for picture in evaluation["pictures"]]
+    pictures = [picture for picture, views in found if len(views) == len(picture["views"])]
     if pictures:
-        rows = [[read_png(run.report / Path(v["file"]).name) for v in p["views"]] for p in pictures]
+        rows = [[read_png(file) for _, file in _there(run, picture)] for picture in pictures]
         titles = [v["title"] for v in pictures[0]["views"]]
         write_png(run.report / f"samples-{split_name(evaluation)}.png", sheet(rows, titles))
 
