@@ -106,7 +106,7 @@ def evaluate_now(
         except GuardError:  # FencedError on the rank that found it, GuardError on those that heard of it
             raise
         except UserError as error:
-            problem = error
+            problem = error.with_traceback(None)  # its frames would hold the device's memory
         del model
     if problem is not None:
         state.evaluated = state.step
