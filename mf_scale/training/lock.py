@@ -6,8 +6,6 @@ it. Whose token is no longer in it may not write any more (fence.py).
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import secrets
 import socket
@@ -19,12 +17,12 @@ from pathlib import Path
 
 from mf_scale.distributed.env import job_start
 from mf_scale.errors import FaultError, UserError
+from mf_scale.file_locks import leads_to, try_lock
 from mf_scale.rundir import RunDir, disk_errors, fsync_folder
 from mf_scale.tracking.metrics import newest_start
 from mf_scale.training.fence import LOCK, Fence, FencedError, Holder, read_holder
 from mf_scale.training.slurm_jobs import still_known
 
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 _NEXT = ".lock.next"
 """The file that replaces `.lock`: who has it locked is the one that may look and take over."""
 _TURN_SECONDS = 30.0
@@ -82,8 +80,8 @@ def _take_turn(run: RunDir) -> tuple[Path, int, list[str]]:
     place, deadline = run.path / _NEXT, time.monotonic() + _TURN_SECONDS
     while True:
         handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
-        free = _try_lock(handle)
-        if free and _leads_to(place, handle):
+        free = try_lock(handle)
+        if free and leads_to(place, handle):
             return place, handle, []
         os.close(handle)
         if free is None:
@@ -101,31 +99,9 @@ def _take_turn(run: RunDir) -> tuple[Path, int, list[str]]:
 def _is_held(handle: int) -> bool:
     """Whether another process holds the lock on; False where there are no locks: the newest start has it then."""
     deadline = time.monotonic() + _GLANCE_SECONDS
-    while (free := _try_lock(handle)) is False and time.monotonic() < deadline:
+    while (free := try_lock(handle)) is False and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)  # mf-scale doctor, which looks whether it is held, holds it for an instant
     return free is False
-
-
-def _try_lock(handle: int) -> bool | None:
-    """True: locked now; False: another process has it locked; None: the file system has no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise  # a server that stumbles is not one without locks: who took it so would push a live training aside
-    return True
-
-
-def _leads_to(path: Path, handle: int) -> bool:
-    """Whether the path still leads to the file: who was here before has renamed it, and it is the lock now."""
-    try:
-        there, here = path.stat(), os.fstat(handle)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
 def _successor(run: RunDir, token: str) -> tuple[Holder, list[str]]:

@@ -15,6 +15,7 @@ FLOOR = {
     "faults",
     "vocabulary",
     "rundir",
+    "file_locks",
     "fragments",
     "fingerprint",
     "config",

@@ -218,7 +218,7 @@ def test_without_locks_the_newest_start_has_it(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     old, new = take(tmp_path, held), take(tmp_path, held)
     assert "this file system has no locks" in new.notes[0]
     new.fence.check()
@@ -241,7 +241,7 @@ def test_a_taker_that_was_killed_is_in_nobodys_way_and_one_that_hangs_not_for_ev
     let_go(held)
     monkeypatch.setattr(lock, "_TURN_SECONDS", 0.2)
     with (tmp_path / ".lock.next").open("w") as file:
-        lock.fcntl.flock(file, lock.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         began = time.monotonic()
         with pytest.raises(FaultError, match="about to take"):
             take(tmp_path, held)
@@ -252,7 +252,7 @@ def test_the_file_that_became_the_lock_in_the_meantime_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: list[int]
 ) -> None:
     """Another taker has renamed it between our opening and our locking of it, and has ended already."""
-    lock_it, calls = lock._try_lock, list[int]()
+    lock_it, calls = lock.try_lock, list[int]()
 
     def late(handle: int) -> bool | None:
         if not calls:
@@ -261,7 +261,7 @@ def test_the_file_that_became_the_lock_in_the_meantime_is_not_written_again(
         calls.append(handle)
         return lock_it(handle)
 
-    monkeypatch.setattr(lock, "_try_lock", late)
+    monkeypatch.setattr(lock, "try_lock", late)
     assert take(tmp_path, held).start == 6
     assert [f.name for f in tmp_path.iterdir()] == [LOCK]
 

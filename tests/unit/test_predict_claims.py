@@ -66,7 +66,7 @@ def test_a_lock_whose_name_was_removed_meanwhile_is_none(tmp_path: Path, monkeyp
             place.unlink()  # its owner ended between our opening and our locking
         real(handle, how)
 
-    monkeypatch.setattr(module.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     claims = Claims(tmp_path, PARTS)
     assert claims.take(3) and len(seen) == 2 and place.exists()
     claims.close()
@@ -110,7 +110,7 @@ def test_what_another_process_makes_is_left_to_it(run: str, tmp_path: Path, caps
 
 def test_without_locks_only_what_is_dead_is_removed(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert predicted(IMAGES[:2], run, tmp_path / "whole", part_size=2) == 0
-    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     out, here = tmp_path / "out", host_mark()
     out.mkdir()
     parent = f"{here}.{os.getppid()}.{module._start_of(os.getppid())}"
@@ -130,7 +130,7 @@ def test_without_locks_only_what_is_dead_is_removed(run: str, tmp_path: Path, mo
 def test_without_locks_the_faster_one_counts(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slower process that comes to its commit finds one there, and leaves it."""
     assert predicted(IMAGES[:2], run, tmp_path / "whole", part_size=2) == 0
-    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     out, real = tmp_path / "out", Claims.clean
 
     def overtaken(self: Claims, part: int) -> None:

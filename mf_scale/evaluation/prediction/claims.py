@@ -6,8 +6,6 @@ part: each under names of its own, and they come to the same bytes.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import threading
@@ -18,12 +16,12 @@ from pathlib import Path
 from mf_scale.errors import UserError
 from mf_scale.evaluation.prediction.commits import is_committed, part_name
 from mf_scale.evaluation.prediction.plan import host_mark, mark
+from mf_scale.file_locks import leads_to, try_lock
 from mf_scale.rundir import disk_errors
 
 LOCK = "lock"
 OLD_SECONDS = 86_400.0
 """Age of another host's temporary file from which on its writer counts as dead: it grows with every image."""
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
 _UNLOCKED = -1
 """Instead of a handle, where the file system has no locks."""
 _WRITER = re.compile(r"\.([A-Za-z0-9-]+)\.(\d+)\.(\d+)$")
@@ -100,7 +98,7 @@ def refuse_held(books: Path) -> None:
         except FileNotFoundError:
             continue
         try:
-            free = _try_lock(handle)
+            free = try_lock(handle)
         finally:
             os.close(handle)
         if free is False:
@@ -126,8 +124,8 @@ def _locked(place: Path) -> int | None:
     while True:
         handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            free = _try_lock(handle)
-            if free and _leads_to(place, handle):
+            free = try_lock(handle)
+            if free and leads_to(place, handle):
                 return handle
         except BaseException:
             os.close(handle)
@@ -138,28 +136,6 @@ def _locked(place: Path) -> int | None:
             return _UNLOCKED
         if not free:
             return None
-
-
-def _try_lock(handle: int) -> bool | None:
-    """True: locked now; False: another process has it locked; None: the file system has no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
-    return True
-
-
-def _leads_to(path: Path, handle: int) -> bool:
-    """Whether the name still leads to the file: who held it before has removed it at the end."""
-    try:
-        there, here = path.stat(), os.fstat(handle)
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
 def _is_left(file: Path) -> bool:
