@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,11 @@ import pyarrow as pa
 
 from mf_scale.data.cache import CacheSettings, Content, open_storage
 from mf_scale.data.ids import LabelMember
+from mf_scale.data.mapping import mapped_lists
 from mf_scale.data.rows import check_rows
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
+from mf_scale.unify import UnifiedSource
 from mf_scale.vocabulary import Vocabulary
 
 HEAD = "index.json"
@@ -50,6 +53,8 @@ SCHEMA = pa.schema(
 )
 CHUNK = 8 << 20
 """Bytes read at once for a checksum."""
+_COUNTED = 1 << 18
+"""Samples whose classes are counted at once."""
 REMEDY = "Make it with `python -m data_tools pack` (or `index` for shards made elsewhere)."
 
 
@@ -91,7 +96,12 @@ class Index:
         self, source: str, head: Mapping[str, Any], table: pa.Table, cache: CacheSettings | None = None
     ) -> None:
         self.source, self.cache = source, cache
-        self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
+        self.packed = self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
+        """Of the labels as they are packed, and of those that everything else has to do with."""
+        self.way: UnifiedSource | None = None
+        """From the packed labels to those of `vocabulary`; None: they are the same."""
+        self.federated: bool | None = None
+        """Whether its samples list which classes were looked for; None: nobody has asked yet (`is_federated`)."""
         self.shards = tuple(Shard(**shard) for shard in head["shards"])
         self.storage = open_storage(source, cache, {s.name: Content(s.sha256, s.size) for s in self.shards})
         self.digest = str(head["digest"])
@@ -128,7 +138,14 @@ class Index:
         return index
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _reopen, (self.source, self.digest, self.cache)
+        seen = None if self.vocabulary is self.packed else (self.vocabulary, self.way)
+        return _reopen, (self.source, self.digest, self.cache, seen)
+
+    def seen_as(self, vocabulary: Vocabulary, way: UnifiedSource | None) -> Index:
+        """The same source with its labels mapped into another vocabulary; `way` None: the labels stay as they are."""
+        seen = copy(self)
+        seen.vocabulary, seen.way = vocabulary, way
+        return seen
 
     @cached_property
     def shard_samples(self) -> list[int]:
@@ -145,15 +162,19 @@ class Index:
         return SampleRecord(**{**row, "shard": self.shards[row["shard"]].name})
 
     def class_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of samples first..end as views: where each list begins and ends, int64 [n+1], and int32 labels."""
+        """Classes of samples first..end: where each list begins and ends, int64 [n+1], and labels."""
         lists = self.table.column("class_ids").chunk(0)[first:end]
         offsets = lists.offsets.to_numpy()
-        return offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
+        offsets, labels = offsets - offsets[0], lists.values.to_numpy()[offsets[0] : offsets[-1]]
+        return (offsets, labels) if self.way is None else mapped_lists(offsets, labels, self.way)
 
     def class_counts(self) -> np.ndarray:
         """Images that hold each class, int64 [K]."""
-        _, labels = self.class_lists(0, self.samples)
-        return np.bincount(labels, minlength=len(self.vocabulary)).astype(np.int64)
+        counts = np.zeros(len(self.vocabulary), np.int64)
+        for first in range(0, self.samples, _COUNTED):
+            _, labels = self.class_lists(first, min(first + _COUNTED, self.samples))
+            counts += np.bincount(labels, minlength=len(counts))
+        return counts
 
 
 def verify_shards(index: Index, *, checksums: bool) -> None:
@@ -190,11 +211,16 @@ def checksum(storage: Storage, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _reopen(source: str, digest: str, cache: CacheSettings | None) -> Index:
+def _reopen(
+    source: str,
+    digest: str,
+    cache: CacheSettings | None,
+    seen: tuple[Vocabulary, UnifiedSource | None] | None = None,
+) -> Index:
     index = Index.open(source, cache)
     if index.digest != digest:
         raise UserError("the index changed while it was in use", where=source, remedy="Start the run again.")
-    return index
+    return index if seen is None else index.seen_as(*seen)
 
 
 def _check_head(head: Mapping[str, Any], where: str) -> None:

@@ -117,8 +117,11 @@ def _opened(config: Config) -> Sources:
         sources.training = within(_ANSWER_SECONDS, "the training sources", lambda: open_training(config.data))
     except UserError as error:
         sources.failure = error
+    vocabulary = sources.training[0].vocabulary if sources.training else None
     try:
-        sources.validation = within(_ANSWER_SECONDS, "the validation source", lambda: open_validation(config.data))
+        sources.validation = within(
+            _ANSWER_SECONDS, "the validation source", lambda: open_validation(config.data, vocabulary)
+        )
     except UserError as error:
         sources.failure = sources.failure or error
     return sources
