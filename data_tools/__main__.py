@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("source", help="folder or url of a packed source")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
     stats.add_argument("--json", type=Path, metavar="FILE", help="write all counts")
+    stats.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="count by the classes of a run: its vocabulary.json"
+    )
     stats.add_argument("--picture", type=Path, metavar="FILE", help="draw them, as PNG")
     preview.add_argument("picture", type=Path, help="PNG to write")
     preview.add_argument("--count", type=_at_least(1), default=12, help="samples shown; default %(default)s")

@@ -119,7 +119,8 @@ def stats(options: argparse.Namespace) -> None:
 
     _can_write(options.json)
     _can_write(options.picture, ".png")
-    counts = count_source(options.source, workers=options.workers, progress=_bars("counting"))
+    seen = None if options.vocabulary is None else Vocabulary.load(options.vocabulary)
+    counts = count_source(options.source, workers=options.workers, progress=_bars("counting"), vocabulary=seen)
     _say(format_table(counts))
     _write_json(options.json, counts)
     if options.picture is not None:

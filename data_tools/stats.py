@@ -12,9 +12,13 @@ import numpy as np
 
 from data_tools.parallel import each, tick
 from data_tools.source import Run, decoded_run, reader_of, sample_runs
+from mf_scale.config.schema import DataConfig, SourceConfig
 from mf_scale.data.decode import StoredSample, none_value
 from mf_scale.data.index import Index
 from mf_scale.data.samples import BadSample
+from mf_scale.data.unified import seen_in
+from mf_scale.unify import LEFT_OUT, UnifiedSource
+from mf_scale.vocabulary import Vocabulary
 
 RARE, COMMON = 10, 100
 """Images of a class up to which it is rare, and common; more is frequent (the bands of LVIS)."""
@@ -65,9 +69,16 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
-def count_source(source: str, *, workers: int = 1, progress: Callable[..., Any]) -> dict[str, Any]:
-    """Counts by class and of the whole source. Samples that do not decode are counted as such."""
+def count_source(
+    source: str, *, workers: int = 1, progress: Callable[..., Any], vocabulary: Vocabulary | None = None
+) -> dict[str, Any]:
+    """Counts by class and of the whole source. Samples that do not decode are counted as such.
+
+    With the `vocabulary` of a run that was trained on the source the classes are that run's; UserError where the source
+    has none of them.
+    """
     index = Index.open(source)
+    seen = index if vocabulary is None else seen_in(vocabulary, index, SourceConfig(source), DataConfig(), source)
     jobs = [(source, index.digest, run) for run in sample_runs(index)]
     counts = Counts.of(len(index.vocabulary))
     with (
@@ -76,12 +87,12 @@ def count_source(source: str, *, workers: int = 1, progress: Callable[..., Any])
     ):
         for part in results:
             counts.merge(part)
-    rows = _class_rows(index, counts)
+    rows = _class_rows(seen, counts if seen.way is None else _mapped(counts, seen.way))
     bands = Counter(row["frequency"] for row in rows)
     return {
         "source": index.source,
         "digest": index.digest,
-        "vocabulary": index.vocabulary.name,
+        "vocabulary": seen.vocabulary.name,
         "kind": index.kind,
         "shards": len(index.shards),
         "bytes": sum(shard.size for shard in index.shards),
@@ -112,6 +123,15 @@ def _count_run(job: tuple[str, str, Run]) -> Counts:
         else:
             counts.add(sample)
     return counts
+
+
+def _mapped(counts: Counts, way: UnifiedSource) -> Counts:
+    """The counts by class of unified classes; what is left out is gone."""
+    kept = way.labels != LEFT_OUT
+    mapped = Counts.of(len(way.known))
+    for name in ("segments", "crowd", "pixels"):
+        np.add.at(getattr(mapped, name), way.labels[kept], getattr(counts, name)[kept])
+    return mapped
 
 
 def _class_rows(index: Index, counts: Counts) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ EMA = "ema.safetensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 VOCABULARY = "vocabulary.json"
+MERGES = "vocabulary.txt"
+"""Of a run on a unified vocabulary: which class was made of which."""
 LATEST = "latest"
 WRITING = ".writing-"
 """What the name of a folder begins with that is to become a checkpoint: .writing-TOKEN-step-N, with the token of the

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class ClassInfo:
     """The id the class has in the annotation files it was packed from."""
     frequency: str | None = None
     """Band in a long-tailed vocabulary: rare, common or frequent."""
+    images: int | None = field(default=None, compare=False)
+    """Training images that hold it, summed over the sources: what a checkpoint knows of the prior. None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Vocabulary:
 
     name: str
     classes: tuple[ClassInfo, ...]
+    members: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), compare=False)
+    """[K] of (vocabulary, class) that each class was made of, where it was unified from several; else none."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -52,22 +57,45 @@ class Vocabulary:
         text = json.dumps([[c.name, c.thing] for c in self.classes], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def images(self) -> list[int] | None:
+        """Training images of each class; None where one is not known."""
+        counts = [c.images for c in self.classes if c.images is not None]
+        return counts if len(counts) == len(self.classes) else None
+
+    def with_images(self, images: Iterable[int]) -> Vocabulary:
+        """The same with `images` [K] of training; ValueError for another number of them."""
+        pairs = zip(self.classes, images, strict=True)
+        return replace(self, classes=tuple(replace(c, images=int(count)) for c, count in pairs))
+
     def index_of_source_id(self) -> dict[int, int]:
         """Source id -> label."""
         return {c.source_id: i for i, c in enumerate(self.classes)}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "classes": [asdict(c) for c in self.classes]}
+        """JSON's form; a count that is not known is left out."""
+        classes = [asdict(c) for c in self.classes]
+        told = {
+            "name": self.name,
+            "classes": [{k: v for k, v in c.items() if k != "images" or v is not None} for c in classes],
+        }
+        return told | ({"members": [[list(member) for member in own] for own in self.members]} if self.members else {})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], *, where: str = "") -> Vocabulary:
         """Build from `to_dict`'s form; raises UserError for missing fields or names that stand twice."""
         try:
             classes = tuple(
-                ClassInfo(_text(c["name"]), bool(c["thing"]), int(c["source_id"]), _band(c.get("frequency")))
+                ClassInfo(
+                    _text(c["name"]),
+                    bool(c["thing"]),
+                    int(c["source_id"]),
+                    _band(c.get("frequency")),
+                    _images(c.get("images")),
+                )
                 for c in data["classes"]
             )
-            vocabulary = Vocabulary(_text(data["name"]), classes)
+            vocabulary = Vocabulary(_text(data["name"]), classes, _members(data.get("members"), len(classes)))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"the vocabulary cannot be read: {type(error).__name__} {error}",
@@ -87,6 +115,35 @@ class Vocabulary:
         except (ValueError, RecursionError) as error:
             raise UserError(f"the vocabulary file is not JSON: {error}", where=str(path)) from error
         return Vocabulary.from_dict(data, where=str(path))
+
+
+def log_prior(images: Sequence[int]) -> list[float]:
+    """log(n K / sum of n) of each class: its share of the images against an even one; exactly 0 where all are equal.
+
+    A class without an image counts as one with a single image: its share is small, and its logarithm finite.
+    """
+    counts = [max(1, count) for count in images]
+    total = sum(counts)
+    return [math.log(count * len(counts) / total) for count in counts]
+
+
+def _images(said: Any) -> int | None:
+    """Number of images; ValueError for what is none."""
+    if said is None:
+        return None
+    if isinstance(said, bool) or not isinstance(said, int) or said < 0:
+        raise ValueError(f"images {said!r} is not a number of images")
+    return said
+
+
+def _members(said: Any, classes: int) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Of each class; ValueError where they are not of as many classes."""
+    if said is None:
+        return ()
+    members = tuple(tuple((_text(vocabulary), _text(name)) for vocabulary, name in own) for own in said)
+    if len(members) != classes:
+        raise ValueError(f"members of {len(members)} classes")
+    return members
 
 
 def _text(said: Any) -> str:

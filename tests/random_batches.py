@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mf_scale.data.batch import IGNORE, NO_LABEL, NONE, Batch
 from mf_scale.kernels.choose import why_not
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction, PixelPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction, PixelPrediction
 
 CLASSES = 7
+WIDTH = 3
+"""Of class embeddings."""
 
 
 def random_batch(
@@ -63,26 +65,29 @@ def random_prediction(
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    parts = [
-        LayerPrediction(leaf(images, queries, CLASSES + 1), leaf(images, queries, channels)) for _ in range(layers)
-    ]
-    return MaskPrediction(
-        parts[-1].class_logits, parts[-1].mask_embeddings, leaf(images, channels, *size), tuple(parts[:-1])
-    )
+    parts = [LayerPrediction(leaf(images, queries, WIDTH), leaf(images, queries, channels)) for _ in range(layers)]
+    pixels, classifier = leaf(images, channels, *size), Classifier(leaf(CLASSES + 1, WIDTH), leaf(CLASSES + 1))
+    return MaskPrediction(parts[-1].class_embeddings, parts[-1].mask_embeddings, pixels, classifier, tuple(parts[:-1]))
+
+
+def said_outright(class_logits: Tensor, mask_embeddings: Tensor, pixel_embeddings: Tensor) -> MaskPrediction:
+    """A prediction with these class logits [B,Q,K+1]: they are its class embeddings, the classifier the identity."""
+    classifier = Classifier(torch.eye(class_logits.shape[-1], dtype=class_logits.dtype, device=class_logits.device))
+    return MaskPrediction(class_logits, mask_embeddings, pixel_embeddings, classifier)
 
 
 def leaves(prediction: MaskPrediction) -> list[Tensor]:
     """All tensors of a prediction that take gradients."""
-    by_layer = [t for layer in prediction.layers() for t in (layer.class_logits, layer.mask_embeddings)]
-    return [*by_layer, prediction.pixel_embeddings]
+    by_layer = [t for layer in prediction.layers() for t in (layer.class_embeddings, layer.mask_embeddings)]
+    classifier = [t for t in (prediction.classifier.weight, prediction.classifier.bias) if t is not None]
+    return [*by_layer, *classifier, prediction.pixel_embeddings]
 
 
 def part(prediction: MaskPrediction, start: int, stop: int) -> MaskPrediction:
     """Images start..stop of a prediction; gradients flow to the whole one."""
-    cut = [LayerPrediction(x.class_logits[start:stop], x.mask_embeddings[start:stop]) for x in prediction.layers()]
-    return MaskPrediction(
-        cut[-1].class_logits, cut[-1].mask_embeddings, prediction.pixel_embeddings[start:stop], tuple(cut[:-1])
-    )
+    cut = [LayerPrediction(x.class_embeddings[start:stop], x.mask_embeddings[start:stop]) for x in prediction.layers()]
+    last, pixels = cut[-1], prediction.pixel_embeddings[start:stop]
+    return MaskPrediction(last.class_embeddings, last.mask_embeddings, pixels, prediction.classifier, tuple(cut[:-1]))
 
 
 def random_pixel_prediction(

@@ -6,7 +6,7 @@ Every one starts from the embeddings, matches, and can be taken backward to them
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mf_scale.losses.criterion import Criterion
 from mf_scale.losses.reference import reference_loss
 from mf_scale.matching.cost import PairwiseCost, pairwise_cost
 from mf_scale.matching.hungarian import Matching, match
-from mf_scale.models.outputs import MaskPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _logits(prediction: MaskPrediction) -> list[dict[str, Tensor]]:
     return [
         {
             "masks_queries_logits": torch.einsum("bqc,bchw->bqhw", layer.mask_embeddings, prediction.pixel_embeddings),
-            "class_queries_logits": layer.class_logits,
+            "class_queries_logits": prediction.classifier.logits(layer.class_embeddings),
         }
         for layer in prediction.layers()
     ]
@@ -149,18 +149,18 @@ def leaf_copy(prediction: MaskPrediction, dtype: torch.dtype = torch.float32) ->
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype, copy=True).requires_grad_()
 
-    aux = tuple(
-        replace(x, class_logits=leaf(x.class_logits), mask_embeddings=leaf(x.mask_embeddings)) for x in prediction.aux
-    )
-    return MaskPrediction(
-        leaf(prediction.class_logits), leaf(prediction.mask_embeddings), leaf(prediction.pixel_embeddings), aux
-    )
+    aux = tuple(LayerPrediction(leaf(x.class_embeddings), leaf(x.mask_embeddings)) for x in prediction.aux)
+    bias = prediction.classifier.bias
+    classifier = Classifier(leaf(prediction.classifier.weight), None if bias is None else leaf(bias))
+    classes, masks = leaf(prediction.class_embeddings), leaf(prediction.mask_embeddings)
+    return MaskPrediction(classes, masks, leaf(prediction.pixel_embeddings), classifier, aux)
 
 
 def leaves(prediction: MaskPrediction) -> list[Tensor]:
     """All its tensors, the pixel embeddings last."""
-    by_layer = [tensor for x in prediction.layers() for tensor in (x.class_logits, x.mask_embeddings)]
-    return [*by_layer, prediction.pixel_embeddings]
+    by_layer = [tensor for x in prediction.layers() for tensor in (x.class_embeddings, x.mask_embeddings)]
+    bias = [] if prediction.classifier.bias is None else [prediction.classifier.bias]
+    return [*by_layer, prediction.classifier.weight, *bias, prediction.pixel_embeddings]
 
 
 def value_and_gradients(

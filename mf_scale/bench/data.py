@@ -19,7 +19,7 @@ from mf_scale.bench.data_inputs import make_source
 from mf_scale.bench.data_peers import Peer, image_peers, peer_input
 from mf_scale.config.schema import DataConfig
 from mf_scale.data.index import KINDS, Index
-from mf_scale.data.loader import make_reader, train_rules
+from mf_scale.data.making import make_reader, train_rules
 from mf_scale.data.order import SampleOrder, Stream, positions
 from mf_scale.data.samples import BadSample, webdataset_epoch
 from mf_scale.data.transforms import sample_generator, training_sample

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mf_scale.data.batch import Batch
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Mask
         return (torch.randn(sizes, generator=generator) * scale).to(device)
 
     B, Q, C, T = shape.images, shape.queries, shape.channels, shape.segments
-    layers = [
-        LayerPrediction(normal(B, Q, shape.classes + 1), normal(B, Q, C, scale=3 / C**0.5)) for _ in range(shape.layers)
-    ]
+    layers = [LayerPrediction(normal(B, Q, C), normal(B, Q, C, scale=3 / C**0.5)) for _ in range(shape.layers)]
+    classifier = Classifier(normal(shape.classes + 1, C, scale=1 / C**0.5), normal(shape.classes + 1, scale=0.1))
     pixels = normal(B, C, shape.cells, shape.cells)
     grid = max(2, round((2 * T) ** 0.5))
     patches = torch.randint(0, max(T, 1), (B, 1, grid, grid), generator=generator)
@@ -50,4 +49,4 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> tuple[Mask
     images = torch.zeros(B, 3, 1, 1, dtype=torch.uint8, device=device)
     batch = Batch(images, segment_map, labels, torch.zeros_like(labels), [f"image-{b}" for b in range(B)])
     last = layers[-1]
-    return MaskPrediction(last.class_logits, last.mask_embeddings, pixels, tuple(layers[:-1])), batch
+    return MaskPrediction(last.class_embeddings, last.mask_embeddings, pixels, classifier, tuple(layers[:-1])), batch

@@ -11,8 +11,9 @@ from mf_scale.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mf_scale.config.schema import SourceConfig
+    from mf_scale.config.schema import DataConfig, SourceConfig
     from mf_scale.tracking.report.data import SourceCounts
+    from mf_scale.vocabulary import Vocabulary
 
 _ROWS = 1 << 20
 """Rows of an index that are counted at once."""
@@ -50,26 +51,37 @@ def source_counts(config: Path) -> list[SourceCounts]:
     """What the indexes of a run's training sources tell; one that cannot be read says why. [] without a config.yaml."""
     from mf_scale.config.load import load_config
     from mf_scale.data.sources import training_sources
+    from mf_scale.rundir import VOCABULARY
     from mf_scale.tracking.report.data import SourceCounts
+    from mf_scale.vocabulary import Vocabulary
 
     if not config.is_file():
         return []
+    vocabulary = config.parent / VOCABULARY
     try:
-        sources = training_sources(load_config(config).data)
+        data = load_config(config).data
+        sources = training_sources(data)
+        own = Vocabulary.load(vocabulary) if vocabulary.is_file() else None
     except UserError as error:
         return [SourceCounts("the training data", missing=error.what)]
-    return [_counts(source) for source in sources]
+    unified = own if own is not None and own.members else None
+    return [_counts(source, data, unified) for source in sources]
 
 
-def _counts(source: SourceConfig) -> SourceCounts:
-    """Counts of one source, O(1) in its images."""
+def _counts(source: SourceConfig, data: DataConfig, unified: Vocabulary | None) -> SourceCounts:
+    """Counts of one source, O(1) in its images, by the classes of a unified vocabulary where the run has one."""
     import numpy as np
 
+    from mf_scale.config.schema import SourceConfig
     from mf_scale.data.index import Index
+    from mf_scale.data.unified import seen_in
     from mf_scale.tracking.report.data import SourceCounts
 
     try:
         index = Index.open(source.index)
+        packed = index.vocabulary.name
+        if unified is not None:  # which knows of every class of a training source what became of it
+            index = seen_in(unified, index, SourceConfig(index=source.index), data, source.index)
     except UserError as error:
         return SourceCounts(source.index, missing=error.what, weight=source.weight)
     segments: dict[int, int] = {}
@@ -89,7 +101,7 @@ def _counts(source: SourceConfig) -> SourceCounts:
         samples=index.samples,
         shards=len(index.shards),
         bytes=sum(shard.size for shard in index.shards),
-        vocabulary=index.vocabulary.name,
+        vocabulary=packed,
         kind=index.kind,
         class_names=index.vocabulary.names,
         class_images=index.class_counts().tolist(),

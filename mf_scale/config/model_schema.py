@@ -96,6 +96,10 @@ class ModelConfig:
     per_pixel_plus: PerPixelBaseline+, one query a class. The baselines do data.task=semantic only."""
     num_classes: Optional[int] = None
     """K. None takes the vocabulary's; a number must equal it."""
+    class_embeddings: Optional[str] = None
+    """File of a matrix [K,D] (.safetensors or .npy), one row a class, made by any encoder of text: class logits are
+    then the cosines of queries and rows, times a learned scale. Another file at inference is another vocabulary. None:
+    a linear classifier (paper)."""
     size_divisor: int = 32
     """Images are padded with zeros, below and right, to a multiple of it; 1: not at all (paper: 32)."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

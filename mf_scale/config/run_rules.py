@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mf_scale.config.class_rules import CLASS_RULES
 from mf_scale.config.schema import Config, EvalConfig, GuardConfig, TrainConfig
 from mf_scale.config.signals import STOPPING
 
@@ -41,6 +42,8 @@ def _views(config: Config) -> list[str]:
         broken.append(
             f"eval.window = {given.window} must be [height, width], each at least {_SMALLEST_WINDOW}, or [] for none"
         )
+    if given.memory_budget < 1:
+        broken.append(f"eval.memory_budget = {given.memory_budget} must be at least 1 MiB")
     if not 0 <= given.window_overlap < 1:
         broken.append(f"eval.window_overlap = {given.window_overlap} must lie in 0..1, below 1")
     if not given.window and given.window_overlap != fresh.window_overlap:
@@ -123,4 +126,4 @@ def _deterministic(config: Config) -> list[str]:
     return []
 
 
-RUN_RULES = (_zero, _average, _views, _guard, _watching, _evaluation, _stop_signals, _deterministic)
+RUN_RULES = (_zero, _average, _views, _guard, _watching, _evaluation, _stop_signals, _deterministic, *CLASS_RULES)

@@ -58,6 +58,10 @@ class SourceConfig:
     """Folder (or url prefix) of the source: tars and their index."""
     weight: float = 1.0
     """Its share of every global batch, relative to the other sources' (rounded to whole samples, printed)."""
+    vocabulary: Optional[str] = None
+    """The vocabulary it has to have: a name, or a vocabulary file; none: whatever it was packed with."""
+    map: Any = None
+    """Its class -> unified class, or null to leave it out: a mapping, or a JSON file of it (docs/vocabularies.md)."""
 
 
 @dataclass
@@ -67,9 +71,16 @@ class DataConfig:
     train: Optional[str] = None
     """Folder (or url prefix) of the training source: tars and their index."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several training sources in place of `train`, each {index, weight}."""
-    val: Optional[str] = None
-    """Folder (or url prefix) of the validation source; none: no validation loss, nothing to evaluate by default."""
+    """Several training sources in place of `train`, each {index, weight, vocabulary, map}."""
+    merge: list[str] = field(default_factory=list)
+    """Merge tables, files or bundled ones: which classes of which sources are one class (docs/vocabularies.md)."""
+    by_name: bool = False
+    """Classes of equal names are one too, where no table and no map speaks of them."""
+    bands: bool = False
+    """Make frequency bands from the sources' counts of the classes (LVIS's: rare up to 10 images, common up to 100)."""
+    val: Any = None
+    """Folder (or url prefix) of the validation source, or {index, vocabulary, map}; none: no validation loss, nothing
+    to evaluate by default."""
     task: str = choice("panoptic", "semantic", "instance")
     """What a segment is: panoptic as packed; semantic joins the segments of a class; instance drops stuff."""
     crop: list[int] = field(default_factory=lambda: [512, 512])
@@ -122,6 +133,18 @@ class LossConfig:
     """Weight of the dice mask loss (paper: 1)."""
     no_object_weight: float = 0.1
     """Class weight of no-object in the cross-entropy (paper: 0.1)."""
+    class_balance: str = choice("none", "balanced", "seesaw", "equalisation")
+    """Long tails in the class cross-entropy, by the images of each class in the sources' indexes: none (paper);
+    balanced: softmax with the classes' shares (Ren et al. 2020); seesaw (Wang et al. 2021); equalisation (Tan et al.
+    2020, softmax form). No-object is left alone in all of them."""
+    seesaw_p: float = 0.8
+    """Exponent of the mitigation factor, of the ratio of images (Wang et al.: 0.8); 0: none."""
+    seesaw_q: float = 2.0
+    """Exponent of the compensation factor, of the ratio of probabilities (Wang et al.: 2); 0: none."""
+    equalisation_images: int = 100
+    """Images up to which a class is rare for equalisation (100: LVIS's rare and common classes)."""
+    equalisation_share: float = 0.9
+    """Share of a rare class's part as a wrong answer that equalisation leaves out; 0: nothing, 1: all of it."""
     focal_alpha: float = 0.25
     """Focal loss alpha (paper: 0.25)."""
     focal_gamma: float = 2.0
@@ -185,8 +208,15 @@ class EvalConfig:
     """Probability from which a pixel belongs to a mask (paper: 0.5)."""
     instance_top_k: int = 100
     """Instance: (query, class) pairs kept of an image, best first (100: detectron2's and COCO's)."""
+    logit_adjustment: float = 0.0
+    """tau of logit adjustment (Menon et al. 2021): tau x the log of a class's share of the training images, which
+    the checkpoint carries, is taken off its logit; no-object keeps its probability. 0: off, 1: as if all classes were
+    equally frequent."""
     instance_threshold: float = 0.0
     """Instance: class probability x mask quality below which an instance is dropped (0: none is, for AP)."""
+    memory_budget: int = 64
+    """MiB that masks and class scores at an image's full size may take at once, beside the prediction and the result;
+    no result depends on it."""
     boundary: bool = False
     """Evaluate on boundary IoU as well, of the pixels within 2% of the image's diagonal of an outline (Cheng et al.
     2021)."""

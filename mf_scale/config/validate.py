@@ -180,7 +180,6 @@ def _paths(config: Config) -> list[str]:
     given = {
         "run_dir": config.run_dir,
         "data.train": config.data.train,
-        "data.val": config.data.val,
         "train.init_from": config.train.init_from,
         "model.backbone.weights": config.model.backbone.weights,
     }

@@ -1,6 +1,6 @@
 """The batch: images and segment maps in fixed shapes.
 
-Shapes: B images, L map layers, T segments, H W full resolution.
+Shapes: B images, L map layers, T segments, K classes, H W full resolution.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ IGNORE = -2
 """Map value (layer 0): outside the loss and the metrics."""
 NO_LABEL = -1
 """Label of the padding behind an image's last segment."""
+UNKNOWN = 1
+"""Class mask: whether the class is in this image nobody knows; it is neither right nor wrong anywhere."""
+NOT_EXHAUSTIVE = 2
+"""Class mask: some segments of the class are marked and others may not be; it is not wrong where none is marked."""
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Batch:
     """int64 [B,T]: layer of the map that holds the segment."""
     keys: list[str]
     """Sample keys, in batch order."""
+    class_mask: Tensor | None = None
+    """uint8 [B,K]: 0 counts, UNKNOWN, NOT_EXHAUSTIVE; None, in all batches of a run, if all is known of all images."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What happened while the samples were made: quarantined samples, dropped segments."""
 

@@ -18,10 +18,11 @@ def collate(
     keys: Sequence[str],
     events: Sequence[dict[str, Any]] = (),
     images: np.ndarray | None = None,
+    class_mask: np.ndarray | None = None,
 ) -> Batch:
     """Stack samples of one size; labels are padded to the most segments of any (at least 1), layers likewise.
 
-    `images` uint8 [B,3,h,w] where the samples' images lie in it already.
+    `images` uint8 [B,3,h,w] where the samples' images lie in it already; `class_mask` uint8 [B,K], None: all is known.
     """
     most = max(1, *(len(s.targets.labels) for s in samples))
     layers = max(len(s.targets.segment_map) for s in samples)
@@ -39,6 +40,7 @@ def collate(
         labels=torch.from_numpy(labels),
         segment_layer=torch.from_numpy(segment_layer),
         keys=list(keys),
+        class_mask=None if class_mask is None else torch.from_numpy(class_mask),
         events=[*events, *_dropped(sum(s.targets.dropped for s in samples))],
     )
 
@@ -57,6 +59,7 @@ def join(parts: Sequence[Batch]) -> Batch:
         labels=torch.cat([_pad(p.labels, most, NO_LABEL) for p in parts]),
         segment_layer=torch.cat([_pad(p.segment_layer, most, 0) for p in parts]),
         keys=[key for part in parts for key in part.keys],
+        class_mask=None if parts[0].class_mask is None else torch.cat([_mask_of(p) for p in parts]),
         events=[*(e for e in events if e["event"] != "dropped_segments"), *_dropped(dropped)],
     )
 
@@ -69,6 +72,7 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
         labels=batch.labels[start:stop],
         segment_layer=batch.segment_layer[start:stop],
         keys=batch.keys[start:stop],
+        class_mask=None if batch.class_mask is None else batch.class_mask[start:stop],
         events=batch.events if start == 0 else [],
     )
 
@@ -78,6 +82,11 @@ def blank_sample(crop: Sequence[int]) -> ModelSample:
     none = np.zeros(0, np.int64)
     segment_map = np.full((1, *crop), IGNORE, np.int16)
     return ModelSample(np.full((3, *crop), PAD, np.uint8), Targets(segment_map, none, none, none.astype(bool), 0))
+
+
+def _mask_of(part: Batch) -> torch.Tensor:
+    assert part.class_mask is not None, "all parts of a step have a class mask, or none has"
+    return part.class_mask
 
 
 def _pad(values: torch.Tensor, size: int, fill: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from mf_scale.data.blocks import block_bounds
 from mf_scale.data.cache import CacheSettings, Content, open_storage
 from mf_scale.data.ids import LabelMember
 from mf_scale.data.kept import kept_array
+from mf_scale.data.mapping import mapped_lists
 from mf_scale.data.rows import check_rows
 from mf_scale.data.shard_table import Shard, ShardTable
 from mf_scale.data.storage import Storage, StorageError
 from mf_scale.errors import UserError
+from mf_scale.unify import UnifiedSource
 from mf_scale.vocabulary import Vocabulary
 
 HEAD = "index.json"
@@ -52,8 +55,8 @@ SCHEMA = pa.schema(
 )
 CHUNK = 8 << 20
 """Bytes read at once for a checksum."""
-_LABELS = 1 << 22
-"""Class ids counted at once."""
+_COUNTED = 1 << 18
+"""Samples whose classes are counted at once."""
 _DUMPED = 1024
 """Shards of the head that are written as text at once for its digest."""
 _ROWS_FORM = 1
@@ -107,7 +110,12 @@ class Index:
         self, source: str, head: Mapping[str, Any], table: pa.Table, cache: CacheSettings | None = None
     ) -> None:
         self.source, self.cache = source, cache
-        self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
+        self.packed = self.vocabulary = Vocabulary.from_dict(head["vocabulary"], where=f"{source}/{HEAD}")
+        """Of the labels as they are packed, and of those that everything else has to do with."""
+        self.way: UnifiedSource | None = None
+        """From the packed labels to those of `vocabulary`; None: they are the same."""
+        self.federated: bool | None = None
+        """Whether its samples list which classes were looked for; None: nobody has asked yet (`is_federated`)."""
         self.shards = ShardTable.from_head(head["shards"])
         self.storage = open_storage(
             source, cache, {s.name: Content(s.sha256, s.size) for s in self.shards} if cache else {}
@@ -147,7 +155,14 @@ class Index:
         return index
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _reopen, (self.source, self.digest, self.cache)
+        seen = None if self.vocabulary is self.packed else (self.vocabulary, self.way)
+        return _reopen, (self.source, self.digest, self.cache, seen)
+
+    def seen_as(self, vocabulary: Vocabulary, way: UnifiedSource | None) -> Index:
+        """The same source with its labels mapped into another vocabulary; `way` None: the labels stay as they are."""
+        seen = copy(self)
+        seen.vocabulary, seen.way = vocabulary, way
+        return seen
 
     @property
     def shard_samples(self) -> np.ndarray:
@@ -170,7 +185,7 @@ class Index:
         return self._bounds[block_samples]
 
     def _check_rows(self) -> np.ndarray:
-        check_rows(self.table, self.shards.sizes, self.shard_samples, len(self.vocabulary))
+        check_rows(self.table, self.shards.sizes, self.shard_samples, len(self.packed))
         return np.array([self.samples])
 
     def column(self, name: str) -> np.ndarray:
@@ -182,19 +197,24 @@ class Index:
         row = {name: self.table.column(name)[i].as_py() for name in SCHEMA.names}
         return SampleRecord(**{**row, "shard": self.shards[row["shard"]].name})
 
-    def class_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of samples first..end: where each begins and ends, int64 [n+1], and int32 labels; views from 0 on."""
+    def packed_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Packed labels of samples first..end: where each begins and ends, int64 [n+1], and int32; views from 0 on."""
         lists = self.table.column("class_ids").chunk(0)[first:end]
         offsets = lists.offsets.to_numpy()
         labels = lists.values.to_numpy()[offsets[0] : offsets[-1]]
         return offsets - offsets[0] if offsets[0] else offsets, labels
 
+    def class_lists(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes of samples first..end, likewise: of `vocabulary`, int64 where labels are mapped."""
+        offsets, labels = self.packed_lists(first, end)
+        return (offsets, labels) if self.way is None else mapped_lists(offsets, labels, self.way)
+
     def class_counts(self) -> np.ndarray:
         """Images that hold each class, int64 [K]."""
-        _, labels = self.class_lists(0, self.samples)
         counts = np.zeros(len(self.vocabulary), np.int64)
-        for first in range(0, len(labels), _LABELS):  # bincount takes a copy of eight bytes each
-            counts += np.bincount(labels[first : first + _LABELS], minlength=len(counts))
+        for first in range(0, self.samples, _COUNTED):  # bincount takes a copy of eight bytes each
+            _, labels = self.class_lists(first, min(first + _COUNTED, self.samples))
+            counts += np.bincount(labels, minlength=len(counts))
         return counts
 
 
@@ -232,11 +252,16 @@ def checksum(storage: Storage, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _reopen(source: str, digest: str, cache: CacheSettings | None) -> Index:
+def _reopen(
+    source: str,
+    digest: str,
+    cache: CacheSettings | None,
+    seen: tuple[Vocabulary, UnifiedSource | None] | None = None,
+) -> Index:
     index = Index.open(source, cache)
     if index.digest != digest:
         raise UserError("the index changed while it was in use", where=source, remedy="Start the run again.")
-    return index
+    return index if seen is None else index.seen_as(*seen)
 
 
 def _check_head(head: Mapping[str, Any], where: str) -> None:

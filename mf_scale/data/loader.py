@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,19 +17,19 @@ from mf_scale.config.schema import DataConfig
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import blank_sample, collate, join
 from mf_scale.data.decode import Federated
+from mf_scale.data.federated import mask_row, partly_known
 from mf_scale.data.index import Index
-from mf_scale.data.order import SampleOrder, Stream, positions, rank_lanes, worker_share
+from mf_scale.data.making import MadeSample, SourceMaker, make_reader, target_rules, train_rules
+from mf_scale.data.order import SampleOrder, positions, rank_lanes, worker_share
 from mf_scale.data.places import Note, Places
-from mf_scale.data.reader import SampleReader
 from mf_scale.data.samples import BadSample
 from mf_scale.data.sources import order_of
 from mf_scale.data.state import DataState
-from mf_scale.data.targets import TargetRules, make_targets
-from mf_scale.data.transforms import ModelSample, fitted_sample, sample_generator, training_sample
+from mf_scale.data.targets import make_targets
+from mf_scale.data.transforms import ModelSample, fitted_sample
 from mf_scale.data.workers import worker_parts
 from mf_scale.errors import UserError
 
-MIB = 1 << 20
 AHEAD = 2
 """Evaluation items prepared ahead by a thread."""
 Item = TypeVar("Item")
@@ -70,6 +70,8 @@ class RankStream(IterableDataset[Any]):
     lanes: np.ndarray
     step: int
     places: Places
+    masked: bool = False
+    """Batches have a class mask."""
 
     def __iter__(self) -> Iterator[Batch | Exception]:
         """Parts from `step` on, endless. What ends the run travels as an item, so that it arrives as it is."""
@@ -77,7 +79,9 @@ class RankStream(IterableDataset[Any]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         share = worker_share(self.lanes, worker, workers)
         makers = {
-            index.digest: _SourceMaker(index, number, self.orders[index.digest], self.config, len(self.orders))
+            index.digest: SourceMaker(
+                index, number, self.orders[index.digest], self.config, len(self.orders), self.masked
+            )
             for number, index in enumerate(self.indexes)
             if index.digest in self.orders
         }
@@ -89,49 +93,16 @@ class RankStream(IterableDataset[Any]):
         except UserError as error:
             yield error
 
-    def _part(self, step: int, lanes: np.ndarray, makers: Mapping[str, _SourceMaker], note: Note) -> Batch:
-        made: list[_Made] = []
+    def _part(self, step: int, lanes: np.ndarray, makers: Mapping[str, SourceMaker], note: Note) -> Batch:
+        made: list[MadeSample] = []
         images = np.empty((len(lanes), 3, *self.config.crop), np.uint8)
         for stream, own in self.state.at(step).split(lanes):
             places = images[len(made) : len(made) + len(own)]
             made += makers[stream.digest].make(stream, own, step, places, note)
         events = [event for one in made for event in one.events]
-        return collate([one.sample for one in made], [one.key for one in made], events, images)
-
-
-class _Made(NamedTuple):
-    sample: ModelSample
-    key: str
-    events: list[dict[str, Any]]
-
-
-class _SourceMaker:
-    """Makes the samples of one source in one process."""
-
-    def __init__(self, index: Index, number: int, order: SampleOrder, config: DataConfig, sources: int) -> None:
-        self.number, self.order, self.config = number, order, config
-        self.reader = make_reader(index, config, sources)
-        self.rules = train_rules(index, config.task)
-
-    def make(self, stream: Stream, lanes: np.ndarray, step: int, images: np.ndarray, note: Note) -> Iterator[_Made]:
-        """The samples of some of the stream's lanes at `step`, in lane order; the images go into `images`."""
-        places = positions(stream, step)[lanes]
-        for lane, position, sample_id, image in zip(lanes, places, self.order.sample_ids(places), images, strict=True):
-            note(self.number, int(sample_id))
-            stored, events = self.reader.load(int(sample_id), int(lane) if stream.shuffle == "blocks" else None)
-            generator = sample_generator(stream.own_seed, int(position))
-            yield _Made(training_sample(stored, self.config, self.rules, generator, image), stored.key, events)
-
-
-def train_rules(index: Index, task: str) -> TargetRules:
-    """Rules of training targets: crowd and unlabelled as the index says."""
-    return TargetRules(task, np.array(index.vocabulary.things), index.crowd, index.unlabelled)
-
-
-def make_reader(index: Index, config: DataConfig, sources: int = 1) -> SampleReader:
-    """Reader with the configuration's limits; `sources` share the memory for buffers."""
-    budget = config.buffer_mib * MIB // sources
-    return SampleReader(index, block_samples=config.block_samples, budget=budget, max_pixels=config.max_pixels)
+        mask = [one.class_mask for one in made if one.class_mask is not None]
+        samples, keys = [one.sample for one in made], [one.key for one in made]
+        return collate(samples, keys, events, images, np.stack(mask) if self.masked else None)
 
 
 def _never() -> bool:
@@ -168,8 +139,8 @@ def train_steps(
     for stream in segment.streams:  # the epoch's order of blocks, before the workers are forked
         orders[stream.digest].sample_ids(positions(stream, step)[:1])
     lanes = rank_lanes(segment.global_batch, rank, world)
-    places = Places(indexes, max(1, config.workers))
-    return _steps(RankStream(tuple(indexes), orders, state, config, lanes, step, places), rank, give_up)
+    places, masked = Places(indexes, max(1, config.workers)), any(partly_known(index) for index in indexes)
+    return _steps(RankStream(tuple(indexes), orders, state, config, lanes, step, places, masked), rank, give_up)
 
 
 def _steps(stream: RankStream, rank: int, give_up: Callable[[], bool]) -> Generator[tuple[int, Batch], None, None]:
@@ -211,19 +182,25 @@ def loss_batches(index: Index, config: DataConfig, *, count: int, batch: int, ra
     own = -(-count // world)
     places = range(rank, -(-own // batch) * batch * world, world)
     reader, rules = make_reader(index, config), train_rules(index, config.task)
+    masked = partly_known(index)
 
     def make(sample_ids: range) -> Batch:
-        samples, keys, events = [], [], []
+        samples, keys, events = list[ModelSample](), list[str](), list[dict[str, Any]]()
+        mask = np.zeros((len(sample_ids), len(index.vocabulary)), np.uint8) if masked else None
         for sample_id in (i for i in sample_ids if i < count):
             try:
                 stored = reader.load_exact(sample_id)
             except BadSample as bad:
                 events.append(reader.event(sample_id, str(bad), ""))
                 continue
+            row = mask_row(stored, index, masked)
+            if mask is not None and row is not None:
+                mask[len(samples)] = row
             samples.append(fitted_sample(stored, config.crop, rules))
             keys.append(stored.key)
         blanks = len(sample_ids) - len(samples)
-        return collate(samples + [blank_sample(config.crop)] * blanks, keys + [""] * blanks, events)
+        blank = [blank_sample(config.crop)] * blanks
+        return collate(samples + blank, keys + [""] * blanks, events, class_mask=mask)
 
     return _ahead(make, [places[i : i + batch] for i in range(0, len(places), batch)])
 
@@ -245,7 +222,7 @@ def eval_samples_at(
 ) -> Generator[EvalSample, None, None]:
     """The samples at these places of the source's first `count`; one beyond comes again from the start, weight 0."""
     reader = make_reader(index, config)
-    rules = TargetRules(config.task, np.array(index.vocabulary.things), crowd="keep", unlabelled="none")
+    rules = target_rules(index, config.task, crowd="keep", unlabelled="none")
 
     def make(place: int) -> EvalSample:
         try:

@@ -55,6 +55,8 @@ class Stream:
     """The step that takes the stream's first global batch; below the first step it rules where some were left out."""
     first_epoch: int
     """The epoch that begins there; the streams of a source count their epochs on."""
+    labels: str = ""
+    """Digest of the mapped labels that repeats are counted by; empty: they are the packed ones."""
 
     @property
     def own_seed(self) -> int:
@@ -86,7 +88,11 @@ class Segment:
             first += stream.count
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        for stream in data["streams"]:
+            if not stream["labels"]:
+                del stream["labels"]
+        return data
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Segment:

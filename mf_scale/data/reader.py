@@ -8,6 +8,7 @@ import numpy as np
 
 from mf_scale.data.decode import LABEL_VALUES, StoredSample, decode_sample
 from mf_scale.data.index import Index
+from mf_scale.data.mapping import mapped_sample
 from mf_scale.data.samples import BadSample, RawSample, parse_sample
 from mf_scale.errors import GuardError
 
@@ -24,7 +25,7 @@ class SampleReader:
         self.index = index
         self.bounds = index.block_bounds(block_samples)
         self.budget, self.max_pixels = budget, max_pixels
-        self._table = None if index.labels is None else index.labels.ids.table(index.vocabulary, LABEL_VALUES)
+        self._table = None if index.labels is None else index.labels.ids.table(index.packed, LABEL_VALUES)
         self._keys = index.table.column("key").chunk(0)
         self._offset, self._size, self._shard = (index.column(name) for name in ("offset", "size", "shard"))
         self._buffers: dict[int, bytes] = {}
@@ -63,8 +64,10 @@ class SampleReader:
         return self._parse(sample_id, self._bytes(sample_id, self._block(sample_id), lane))
 
     def decode(self, sample_id: int, data: bytes) -> StoredSample:
-        """Bytes of a sample -> decoded sample; BadSample."""
-        return decode_sample(self._parse(sample_id, data), len(self.index.vocabulary), self.max_pixels, self._table)
+        """Bytes of a sample -> decoded sample with the labels of the index's vocabulary; BadSample."""
+        raw, packed = self._parse(sample_id, data), self.index.packed
+        sample = decode_sample(raw, len(packed), self.max_pixels, self._table)
+        return sample if self.index.way is None else mapped_sample(sample, self.index.way)
 
     def event(self, sample_id: int, reason: str, replaced_by: str) -> dict[str, Any]:
         """The quarantine of a sample, as the metrics have it."""

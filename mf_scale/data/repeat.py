@@ -17,6 +17,7 @@ import numpy as np
 
 from mf_scale.data.index import Index
 from mf_scale.data.kept import kept_array
+from mf_scale.data.mapping import mapped_lists
 
 _BITS = 16
 UNIT = 1 << _BITS
@@ -79,6 +80,9 @@ class RepeatFactors:
         spans = zip(starts[places].tolist(), ends[places + sizes - 1].tolist(), strict=True)
         classes = np.concatenate([labels[a:b] for a, b in spans])  # quicker than picking them by number
         lengths = ends - starts
+        if self.index.way is not None:  # a mapped copy of all lists would take gigabytes in every process
+            bounds, classes = mapped_lists(np.append(0, np.cumsum(lengths)), classes, self.index.way)
+            lengths = np.diff(bounds)
         running = np.cumsum(_largest(self.class_factors, classes, np.cumsum(lengths) - lengths, lengths))
         # Of each stretch: R before it, less what the running sum and the added units have there.
         before = self.strided[stretches] - np.append(0, running)[places] - first * self.added // samples
@@ -86,7 +90,7 @@ class RepeatFactors:
 
     @cached_property
     def _lists(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.index.class_lists(0, self.index.samples)
+        return self.index.packed_lists(0, self.index.samples)
 
 
 def repeat_factors(index: Index, threshold: float, bounds: np.ndarray) -> RepeatFactors:
@@ -108,7 +112,8 @@ def repeat_factors(index: Index, threshold: float, bounds: np.ndarray) -> Repeat
             and bool(sums[-1] == strided[-1])
         )
 
-    law = ("repeat", _FORM, UNIT, STRIDE, threshold, bounds)
+    mapped = () if index.way is None else (index.way.labels, index.way.known)
+    law = ("repeat", _FORM, UNIT, STRIDE, threshold, bounds, *mapped)
     found = kept_array(index, law, lambda: _summed(index, threshold, bounds, strides), sound)
     sums, strided = np.split(found[-summed:], [len(bounds)])
     return RepeatFactors(index, found[1:-summed], bounds, sums, strided, int(found[0]))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
 
+from mf_scale.config.data_rules import validation_source
 from mf_scale.config.schema import Config, DataConfig, SourceConfig
 from mf_scale.data.cache import cache_settings
 from mf_scale.data.index import KINDS, Index
 from mf_scale.data.order import SampleOrder, Stream
 from mf_scale.data.repeat import repeat_factors
 from mf_scale.data.state import DataState, SourcePart, open_segment
+from mf_scale.data.unified import seen_as_one, seen_in
 from mf_scale.errors import UserError
+from mf_scale.vocabulary import Vocabulary
 
 
 def training_sources(data: DataConfig) -> list[SourceConfig]:
@@ -29,13 +33,12 @@ def training_sources(data: DataConfig) -> list[SourceConfig]:
 
 
 def open_training(data: DataConfig) -> tuple[Index, ...]:
-    """The training sources, in the configuration's order.
+    """The training sources, in the configuration's order, all with the labels of one vocabulary.
 
-    Raises UserError where one is named twice, labels otherwise than the first, or cannot serve the task.
+    Raises UserError where one is named twice or cannot serve the task, and for vocabularies that cannot be made one.
     """
     cache = cache_settings(data)
     indexes = tuple(Index.open(source.index, cache) for source in training_sources(data))
-    first = indexes[0]
     seen: dict[str, str] = {}
     for index in indexes:
         refuse_task(index, data.task)
@@ -46,24 +49,23 @@ def open_training(data: DataConfig) -> tuple[Index, ...]:
                 remedy="Name it once; its weight sets how much of a global batch it makes.",
             )
         seen[index.digest] = index.source
-        if index.vocabulary.digest != first.vocabulary.digest:
-            raise UserError(
-                f"the sources label differently: {first.source} has vocabulary {first.vocabulary.name!r} "
-                f"({len(first.vocabulary)} classes), {index.source} {index.vocabulary.name!r} "
-                f"({len(index.vocabulary)} classes)",
-                where="data.sources",
-                remedy="Pack all of them with one vocabulary (--vocabulary FILE).",
-            )
-    return indexes
+    return seen_as_one(indexes, data)
 
 
-def open_validation(data: DataConfig) -> Index | None:
-    """The validation source, where there is one; raises UserError where it cannot serve the task."""
-    if data.val is None:
-        return None
-    index = Index.open(data.val, cache_settings(data))
+def open_validation(data: DataConfig, vocabulary: Vocabulary | None = None) -> Index | None:
+    """The validation source, where there is one, with the labels of the run's vocabulary (None: its own).
+
+    Raises UserError where it cannot serve the task, or labels otherwise and nothing is declared of it.
+    """
+    source = validation_source(data)
+    return None if source is None else open_other(source, data, vocabulary, "data.val")
+
+
+def open_other(source: SourceConfig, data: DataConfig, vocabulary: Vocabulary | None, where: str) -> Index:
+    """A source that is not trained on, likewise; `where`: what messages call it."""
+    index = Index.open(source.index, cache_settings(data))
     refuse_task(index, data.task)
-    return index
+    return index if vocabulary is None else seen_in(vocabulary, index, source, data, where)
 
 
 def refuse_task(index: Index, task: str) -> None:
@@ -118,7 +120,7 @@ def continue_order(
     data = config.data
     counts = share_batch([source.weight for source in training_sources(data)], config.train.global_batch)
     parts = [
-        SourcePart(index.source, index.digest, index.samples, _length(index, data), share)
+        SourcePart(index.source, index.digest, index.samples, _length(index, data), share, _labels(index, data))
         for index, share in zip(indexes, counts, strict=True)
     ]
     return open_segment(
@@ -136,6 +138,13 @@ def _length(index: Index, data: DataConfig) -> int:
     if not data.repeat_threshold:
         return index.samples
     return repeat_factors(index, data.repeat_threshold, index.block_bounds(data.block_samples)).length
+
+
+def _labels(index: Index, data: DataConfig) -> str:
+    """Of the mapped labels that repeats are counted by: another map is another order."""
+    if index.way is None or not data.repeat_threshold:
+        return ""
+    return hashlib.sha256(index.way.labels.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def describe_sources(indexes: Sequence[Index], state: DataState, step: int) -> list[str]:

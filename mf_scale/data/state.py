@@ -19,6 +19,7 @@ LAW = {
     "block_samples": "data.block_samples",
     "shuffle": "data.shuffle",
     "repeat_threshold": "data.repeat_threshold",
+    "labels": "the classes its images are repeated by",
 }
 """What makes the stream of a source another one, as a message names it."""
 
@@ -36,6 +37,8 @@ class SourcePart:
     """Positions of an epoch: `samples`, or more where some are repeated."""
     count: int
     """Samples of it in every global batch."""
+    labels: str = ""
+    """Digest of the mapped labels that repeats are counted by; empty: they are the packed ones."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def open_segment(
 
     def begin(part: SourcePart, source: int, origin: int, first_epoch: int) -> Stream:
         facts = part.digest, part.samples, part.length, part.count
-        return Stream(source, *facts, seed, block_samples, shuffle, repeat_threshold, origin, first_epoch)
+        return Stream(source, *facts, seed, block_samples, shuffle, repeat_threshold, origin, first_epoch, part.labels)
 
     past = _last_streams(state, step)
     running = {s.digest for s in state.at(step).streams} if state else set()

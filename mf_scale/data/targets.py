@@ -9,6 +9,8 @@ import numpy as np
 
 from mf_scale.data.batch import IGNORE, NONE
 from mf_scale.data.decode import StoredSample, none_value
+from mf_scale.data.joining import join_segments
+from mf_scale.unify import LEFT_OUT
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class TargetRules:
     """none | ignore: what crowd segments become; keep: they stay segments (evaluation)."""
     unlabelled: str
     """none | ignore: what pixels without any segment become."""
+    joined: np.ndarray | None = None
+    """bool [K]: stuff of which an image may hold several segments, which a panoptic target joins; None: none."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Targets:
 def make_targets(stored_map: np.ndarray, sample: StoredSample, rules: TargetRules) -> Targets:
     """Targets of (a crop of) the stored map of `sample`, uint8 or uint16 [L,h,w].
 
-    In the semantic task a crowd's pixels are its class's, as in the usual conversion of panoptic data.
+    In the semantic task a crowd's pixels are its class's, as in the usual conversion of panoptic data, and so are those
+    of stuff that is joined. The pixels of segments that are left out of the vocabulary are ignored.
     """
     labels, layers, crowd = sample.labels, sample.segment_layer, sample.crowd
     none = none_value(stored_map.dtype)
@@ -52,9 +57,11 @@ def make_targets(stored_map: np.ndarray, sample: StoredSample, rules: TargetRule
         stored_map = flatten_layers(stored_map, none)
         labels, group = np.unique(labels, return_inverse=True)
         layers, crowd = np.zeros(len(labels), np.int64), np.zeros(len(labels), bool)
+    elif rules.task == "panoptic" and rules.joined is not None and (rules.joined[labels] & (labels >= 0)).any():
+        stored_map, labels, layers, crowd, group = join_segments(stored_map, sample, rules.joined)
     else:
         group = np.arange(len(labels))
-    kept = np.ones(len(labels), bool)
+    kept = labels != LEFT_OUT
     if rules.crowd != "keep":
         kept &= ~crowd
     if rules.task == "instance":
@@ -65,6 +72,7 @@ def make_targets(stored_map: np.ndarray, sample: StoredSample, rules: TargetRule
     value = np.full(len(labels), NONE, np.int16)  # segments that the task drops
     if rules.crowd == "ignore":
         value[crowd] = IGNORE
+    value[labels == LEFT_OUT] = IGNORE
     value[present] = np.arange(present.sum())
     table = np.full(none + 2, NONE, np.int16)
     table[: len(group)] = value[group]

@@ -30,8 +30,8 @@ from mf_scale.rundir import (
     read_json,
     resolve_checkpoint,
 )
+from mf_scale.training.class_rows import CLASS_HEADS, lent_classes, of_classes
 from mf_scale.training.fence import LOCK, read_holder
-from mf_scale.training.initial import CLASS_HEADS
 from mf_scale.training.preflight import check_same_vocabulary, refuse_foreign
 from mf_scale.training.slurm_jobs import still_known
 from mf_scale.training.state import TrainState
@@ -141,13 +141,18 @@ def _from_nothing(config: Config) -> list[Finding]:
 def _from_elsewhere(config: Config, sources: Sequence[Index], model: ModelSize | None) -> list[Finding]:
     anew = config.train.reinit_head
     folder = resolve_checkpoint(str(config.train.init_from))[1]
-    found = []
+    found, lent = list[Finding](), None
     if sources and not anew:
-        remedy = "add --reinit-head, which takes all but its class head."
-        found += _of(lambda: check_same_vocabulary(folder, sources[0].vocabulary, remedy))
+        try:
+            lent = lent_classes(config, folder, sources[0].vocabulary)
+        except UserError as error:
+            found.append(refused(CHECK, error))
     if model is not None:
-        found += _fits(model, folder, kind=config.model.kind, but_head=anew)
+        left_out = anew or lent is not None or config.model.class_embeddings is not None
+        found += _fits(model, folder, kind=config.model.kind, but_head=left_out, whole_head=anew)
     head = " without the class head" if anew else ""
+    if lent is not None:
+        head = f", {len(lent.lenders) - len(lent.anew):,} of {len(lent.lenders):,} classes with their rows"
     return found or [Finding(START, OK, f"begins at step 0 with the weights of {folder}{head}")]
 
 
@@ -159,12 +164,16 @@ def _of(check: object) -> list[Finding]:
     return []
 
 
-def _fits(model: ModelSize, folder: Path, *, kind: str, but_head: bool) -> list[Finding]:
+def _fits(model: ModelSize, folder: Path, *, kind: str, but_head: bool, whole_head: bool = False) -> list[Finding]:
     """Names and shapes of the saved weights against the model's; headers alone are read."""
     given = {name: torch.empty(shape, device="meta") for name, shape in weight_shapes(folder).items()}
     own = model.tensors
     if but_head:
-        own, given = ({n: t for n, t in of.items() if not n.startswith(CLASS_HEADS[kind])} for of in (own, given))
+        names = of_classes({**own, **given}, kind)
+        own, given = (
+            {n: t for n, t in of.items() if n not in names and not (whole_head and n.startswith(CLASS_HEADS[kind]))}
+            for of in (own, given)
+        )
     report = compare(own, given)
     if report.complete:
         return []

@@ -6,15 +6,16 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mf_scale.config.schema import Config, DataConfig
+from mf_scale.config.data_rules import validation_source
+from mf_scale.config.schema import Config, DataConfig, SourceConfig
 from mf_scale.data.index import Index
-from mf_scale.data.sources import open_training, open_validation, training_sources
+from mf_scale.data.sources import open_other, open_training, open_validation, training_sources
 from mf_scale.distributed.env import World, job_start
 from mf_scale.doctor.gpus import smi_facts
 from mf_scale.doctor.host import host_facts
@@ -129,26 +130,25 @@ def _opened(config: Config) -> Sources:
     except UserError as error:
         named = []
         sources.failures.append(("data.train", error))
-    there = []
     for source in named:
-        alone = replace(data, sources=[source])
-        found = opened(source.index, f"the training source {source.index}", _training_of(alone))
-        sources.opened += found
-        there += [source] if found else []
-    if len(there) > 1:  # what they must have in common
-        together = opened("", "the training sources", _training_of(replace(data, sources=there)))
-    else:
-        together = tuple(sources.opened)
-    sources.training = together if len(there) == len(named) else ()
-    if data.val is not None:
-        found = opened(data.val, f"the validation source {data.val}", lambda: _some(open_validation(data)))
-        sources.validation = found[0] if found else None
-        sources.opened += found
+        sources.opened += opened(source.index, f"the training source {source.index}", _alone(source, data))
+    if len(sources.opened) == len(named):  # what they must have in common
+        sources.training = opened("", "the training sources", lambda: open_training(data))
+    other = validation_source(data)
+    if other is not None:
+        alone = opened(other.index, f"the validation source {other.index}", _alone(other, data))
+        sources.opened += alone
+        if alone and sources.training:
+            vocabulary = sources.training[0].vocabulary
+            mapped = opened(other.index, "the validation source", lambda: _some(open_validation(data, vocabulary)))
+            sources.validation = mapped[0] if mapped else None
+        elif alone:
+            sources.validation = alone[0]
     return sources
 
 
-def _training_of(data: DataConfig) -> Callable[[], tuple[Index, ...]]:
-    return lambda: open_training(data)
+def _alone(source: SourceConfig, data: DataConfig) -> Callable[[], tuple[Index, ...]]:
+    return lambda: (open_other(source, data, None, source.index),)
 
 
 def _some(index: Index | None) -> tuple[Index, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mf_scale.evaluation.inference import class_probabilities
 from mf_scale.evaluation.masks import BUDGET_ELEMENTS, COPIES, FactoredMasks, bands
 from mf_scale.evaluation.views import View
 from mf_scale.models.outputs import MaskPrediction, PixelPrediction
@@ -83,7 +84,7 @@ def _of_direction(views: Sequence[tuple[View, Scores]], rows: slice, classes: sl
 def _extent_of_classes(prediction: MaskPrediction | PixelPrediction) -> tuple[int, int]:
     """Maps that a band of scores is made from (queries; none beside the classes themselves), and K."""
     if isinstance(prediction, MaskPrediction):
-        return prediction.class_logits.shape[1], prediction.class_logits.shape[2] - 1
+        return prediction.mask_embeddings.shape[1], prediction.classifier.classes
     return 0, prediction.class_embeddings.shape[1]
 
 
@@ -94,7 +95,7 @@ def _scores(view: View, size: tuple[int, int], chunk: int) -> Scores:
 
 
 def _mask_scores(prediction: MaskPrediction, view: View, size: tuple[int, int]) -> Scores:
-    weights = prediction.class_logits[0].float().softmax(-1)[:, :-1]  # [Q,K]
+    weights = class_probabilities(prediction, 0)[:, :-1]
     masks = FactoredMasks(prediction.mask_embeddings[0], prediction.pixel_embeddings[0], size, view.extent, view.part)
     rows_at = masks.resized()
 

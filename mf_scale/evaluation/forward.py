@@ -32,6 +32,8 @@ class Answer:
     """The views by scale: one in all unless eval.scales, eval.flip or eval.window ask for more."""
     size: tuple[int, int]
     """H, W."""
+    budget: int
+    """fp32 values alive at once while masks and scores are made at full size."""
 
     @property
     def prediction(self) -> MaskPrediction | PixelPrediction:
@@ -46,10 +48,12 @@ class Answer:
     def semantic(self) -> NDArray[np.int64]:
         """Class of every pixel [H,W]; of several views the class with the largest mean score."""
         if self._several():
-            return averaged_semantic(self.scales, self.size).cpu().numpy()
+            return averaged_semantic(self.scales, self.size, budget=self.budget).cpu().numpy()
         if isinstance(self.prediction, PixelPrediction):
-            return per_pixel_semantic(self.prediction, self.size, extent=self.extent)[0].cpu().numpy()
-        return semantic(self.prediction, self.size, extent=self.extent)[0].cpu().numpy()
+            return (
+                per_pixel_semantic(self.prediction, self.size, extent=self.extent, budget=self.budget)[0].cpu().numpy()
+            )
+        return semantic(self.prediction, self.size, extent=self.extent, budget=self.budget)[0].cpu().numpy()
 
     def panoptic(self, things: list[bool], config: Config) -> tuple[NDArray[np.int32], Segments]:
         """Segment map [H,W], -1 for void, and its segments; UserError for several views."""
@@ -61,6 +65,7 @@ class Answer:
             *limits,
             mask_threshold=config.eval.mask_threshold,
             extent=self.extent,
+            budget=self.budget,
         )[0]
         return segment_map.cpu().numpy(), segments
 
@@ -74,6 +79,7 @@ class Answer:
             *limits,
             mask_threshold=config.eval.mask_threshold,
             extent=self.extent,
+            budget=self.budget,
         )[0]
 
     def _several(self) -> bool:
@@ -103,4 +109,5 @@ def answer(model: nn.Module, image: NDArray[Any], config: Config) -> Answer:
     semantic: scores of classes averaged over eval.scales, mirror images (eval.flip) and windows (eval.window).
     panoptic, instance: one view, whole; a single other scale is a view too.
     """
-    return Answer(predicted_views(model, image, config), (image.shape[0], image.shape[1]))
+    budget = config.eval.memory_budget * 2**20 // 4
+    return Answer(predicted_views(model, image, config), (image.shape[0], image.shape[1]), budget)

@@ -20,6 +20,8 @@ from mf_scale.evaluation.masks import BUDGET_ELEMENTS, COPIES, Extent, FactoredM
 from mf_scale.models.outputs import MaskPrediction
 
 Segments = list[dict[str, Any]]
+_CLASSES_AT_ONCE = 1024
+"""In semantic inference: with more, a band has fewer rows, and the masks' cells on its edges are made for each band."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,22 @@ def semantic(
     argmax over classes of sum over queries of p(class | query) * sigmoid(mask logit); no-object is left out before the
     sum, and the mask logits are upsampled before the argmax. `size` is (H, W). There is no threshold.
     """
-    probabilities = prediction.class_logits.float().softmax(-1)[..., :-1]  # [B,Q,K]
-    queries, classes = probabilities.shape[1:]
-    result = torch.empty((len(probabilities), *size), dtype=torch.int64, device=probabilities.device)
-    class_chunk = max(1, min(classes, budget // size[1] - COPIES * queries))
-    band = max(1, budget // (size[1] * (COPIES * queries + class_chunk)))
-    for image, weights in enumerate(probabilities):
+    (images, queries), classes = prediction.mask_embeddings.shape[:2], prediction.classifier.classes
+    result = torch.empty((images, *size), dtype=torch.int64, device=prediction.pixel_embeddings.device)
+    class_chunk = min(classes, _CLASSES_AT_ONCE)
+    pixels = max(1, budget // (COPIES * queries + class_chunk))
+    for image in range(images):
+        weights = class_probabilities(prediction, image)[:, :-1]
         masks = FactoredMasks(prediction.mask_embeddings[image], prediction.pixel_embeddings[image], size, extent)
-        for rows, logits in masks.bands(band):
-            result[image, rows] = _most_probable_class(weights, logits.sigmoid_(), class_chunk)
+        for columns, strip in masks.strips(min(pixels, size[1])):
+            for rows, logits in strip.bands(max(1, pixels // size[1])):
+                result[image, rows, columns] = _most_probable_class(weights, logits.sigmoid_(), class_chunk)
     return result
+
+
+def class_probabilities(prediction: MaskPrediction, image: int) -> Tensor:
+    """fp32 [Q,K+1] of one image's queries; index K is no-object."""
+    return prediction.classifier.logits(prediction.class_embeddings[image]).float().softmax(-1)
 
 
 def panoptic(
@@ -92,9 +100,9 @@ def panoptic(
     largest). The published configurations have 0.8, 0.8 and 0.5, and so has ours.
     """
     results = []
-    for image, class_logits in enumerate(prediction.class_logits.float()):
-        scores, labels = class_logits.softmax(-1).max(-1)  # [Q]
-        kept = (labels != class_logits.shape[-1] - 1) & (scores > object_threshold)
+    for image in range(len(prediction.class_embeddings)):
+        scores, labels = class_probabilities(prediction, image).max(-1)  # [Q]
+        kept = (labels != prediction.classifier.classes) & (scores > object_threshold)
         scores, labels = scores[kept], labels[kept]
         masks = FactoredMasks(prediction.mask_embeddings[image][kept], prediction.pixel_embeddings[image], size, extent)
         owner, pixels = _owners(masks, scores, mask_logit(mask_threshold), budget)
@@ -123,9 +131,9 @@ def instance(
     the best pairs; here stuff takes no thing's place.
     """
     results = []
-    kind = torch.tensor(list(things), dtype=torch.bool, device=prediction.class_logits.device).nonzero().flatten()
-    for image, class_logits in enumerate(prediction.class_logits.float()):
-        probabilities = class_logits.softmax(-1)[:, kind].flatten()  # [Q x things]
+    kind = torch.tensor(list(things), dtype=torch.bool, device=prediction.class_embeddings.device).nonzero().flatten()
+    for image in range(len(prediction.class_embeddings)):
+        probabilities = class_probabilities(prediction, image)[:, kind].flatten()  # [Q x things]
         best, pairs = probabilities.sort(descending=True, stable=True)
         pairs = pairs[:top_k][best[:top_k] >= score_threshold]  # no mask makes a score higher than this
         queries = pairs // max(1, len(kind))

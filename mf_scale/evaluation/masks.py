@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,20 @@ class FactoredMasks:
     extent: Extent
     part: Part | None = None
     """None: all of the result. Else `extent` is that of the whole image all the same."""
+
+    def strips(self, wide: int) -> Iterator[tuple[slice, FactoredMasks]]:
+        """The masks of `wide` columns of the result at a time, with the cells that these need; of a whole grid only."""
+        if wide >= self.size[1]:
+            yield slice(0, self.size[1]), self
+            return
+        assert self.part is None, "parts of a part are not made"
+        cells = self.pixels.shape[-1]
+        extent = self.extent or (float(self.pixels.shape[-2]), float(cells))
+        left, right, _ = _bilinear(self.size[1], cells, extent[1], 0.0, torch.device("cpu"))
+        for columns in bands(self.size[1], wide):
+            first, last = int(left[columns.start]), int(right[columns.stop - 1])
+            part = Part(slice(0, self.size[0]), columns, (0.0, float(first)))
+            yield columns, replace(self, pixels=self.pixels[..., first : last + 1], extent=extent, part=part)
 
     def bands(self, band: int) -> Iterator[tuple[slice, Tensor]]:
         """Mask logits at the wanted size, `band` rows at a time: (rows, fp32 [N,r,W])."""

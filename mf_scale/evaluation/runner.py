@@ -14,15 +14,16 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from mf_scale.config.schema import Config
-from mf_scale.data.cache import cache_settings
+from mf_scale.config.data_rules import validation_source
+from mf_scale.config.schema import Config, SourceConfig
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.loader import EvalSample, eval_samples
-from mf_scale.data.sources import refuse_task
+from mf_scale.data.sources import open_other
 from mf_scale.distributed import comm
 from mf_scale.distributed.env import World
 from mf_scale.distributed.same_program import refuse_mixture
 from mf_scale.errors import UserError
+from mf_scale.evaluation.asked import asked
 from mf_scale.evaluation.counting import PICTURE_SCORES, start_counts
 from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
@@ -87,9 +88,10 @@ def evaluate(
 
     semantic: mIoU; panoptic: mIoU, PQ and mask AP of the things; instance: mask AP, and PQ (stuff is void, so its
     predictions count as wrong only where things are). `pictures`: samples to draw, the first of the source and half as
-    many of the best, the median and the worst. The model's mode is restored.
+    many of the best, the median and the worst. The model's mode is restored. Of a source that annotates only some of
+    the model's classes, the others are not asked for, and are in no mean.
     """
-    vocabulary, task = index.vocabulary, config.data.task
+    model, vocabulary, task = asked(model, index), index.vocabulary, config.data.task
     count = min(samples or index.samples, index.samples)
     began, was_training = time.monotonic(), model.training
     with ExitStack() as stack:
@@ -121,6 +123,8 @@ def evaluate(
         shown = comm.together(lambda: look(model, index, config, world, choices, count))
     results = {"split": split, "task": task, "samples": count, **numbers}
     results |= {"images_per_second": round(count / seconds, 3), "picture_score": PICTURE_SCORES[task]}
+    if index.way is not None:
+        results["annotated"] = index.way.known.tolist()
     results |= {"class_names": vocabulary.names, "things": vocabulary.things}
     return Evaluation(comm.broadcast_object(results), shown)
 
@@ -128,28 +132,21 @@ def evaluate(
 def _open_source(loaded: LoadedModel, split: str) -> Index:
     """The index of the wanted source, checked against the checkpoint's vocabulary; raises UserError."""
     data = loaded.config.data
-    source = data.train if split == "train" else data.val
     if split == "train" and len(data.sources) > 0:
         raise UserError(
             f"the run has {len(data.sources)} training sources, an evaluation reads one",
             where=str(loaded.checkpoint),
             remedy=f"Name it as the validation source: --split val data.val={data.sources[0].index}",
         )
+    train = SourceConfig(index=data.train) if data.train else None
+    source = train if split == "train" else validation_source(data)
     if source is None:
         raise UserError(
             f"the run has no {split} source to evaluate on",
             where=str(loaded.checkpoint),
             remedy=f"Name one: data.{split}=FOLDER.",
         )
-    index = Index.open(source, cache_settings(data))
-    refuse_task(index, data.task)
-    if index.vocabulary.digest != loaded.vocabulary.digest:
-        raise UserError(
-            f"the source has vocabulary {index.vocabulary.name!r} ({len(index.vocabulary)} classes), the checkpoint "
-            f"{loaded.vocabulary.name!r} ({len(loaded.vocabulary)} classes)",
-            where=source,
-            remedy="Evaluate on a source packed with the vocabulary the model was trained on.",
-        )
+    index = open_other(source, data, loaded.vocabulary, f"data.{split}")
     verify_shards(index, checksums=False)
     return index
 

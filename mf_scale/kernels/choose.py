@@ -93,14 +93,14 @@ def _trial_of_sums() -> str | None:
 
 def _trial_of_cost(device: torch.device) -> str | None:
     """The matching cost at the size of a real block: it is what needs most of a GPU's registers and shared memory."""
-    N, C, T, K = 128, 256, 16, 3
+    N, C, T = 128, 256, 16
     weights = CostWeights(1.0, 20.0, 1.0, 0.25, 2.0, exclude=False)
-    labels = torch.zeros(1, T, dtype=torch.int64, device=device)
+    layers = torch.zeros(1, T, dtype=torch.int64, device=device)
+    probability = torch.zeros(1, N, T, device=device)
     segment_map = torch.zeros(1, 1, 64, 64, dtype=torch.int16, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         embeddings, pixels = (torch.zeros(1, *s, device=device, dtype=dtype) for s in ((N, C), (C, 32, 32)))
-        classes = torch.zeros(1, N, K + 1, device=device, dtype=dtype)
-        total = triton_cost.pairwise_cost(classes, embeddings, pixels, segment_map, labels, labels, weights)[3]
+        total = triton_cost.pairwise_cost(probability, embeddings, pixels, segment_map, layers, weights)[3]
         if not bool(total.isfinite().all()):
             return "the matching cost of zeros is not finite"
     return None

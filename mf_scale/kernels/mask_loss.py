@@ -55,7 +55,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
     An operator of its own, so that these rules also hold where the backward is compiled.
     """
-    with torch.autocast(left.device.type, enabled=False), _tf32(left.is_cuda):
+    with torch.autocast(left.device.type, enabled=False), tf32(left.is_cuda):
         return torch.bmm(wide(left), wide(right))
 
 
@@ -65,7 +65,7 @@ def _shape_of_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
+def tf32(on: bool) -> Iterator[None]:
     """TF32 holds bf16 embeddings exactly and is many times faster than fp32; the sums stay fp32. Never on a CPU.
 
     The setting is the process's, so it is put back at once.

@@ -36,33 +36,32 @@ class CostWeights(NamedTuple):
 
 
 def pairwise_cost(
-    class_logits: Tensor,
+    probability: Tensor,
     mask_embeddings: Tensor,
     pixel_embeddings: Tensor,
     segment_map: Tensor,
     segment_layer: Tensor,
-    labels: Tensor,
     weights: CostWeights,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Class, focal, dice and total cost in fp32, each [B,N,T]; N counts the queries of all layers.
 
-    `class_logits` [B,N,K+1], `mask_embeddings` [B,N,C], `pixel_embeddings` [B,C,h,w], each fp32, bf16 or fp16;
-    `segment_map` [B,L,H,W] at full resolution (its nearest pixels are read), int16, or uint8 with the same values
-    modulo 256 for T <= 254; `segment_layer`, `labels` int64 [B,T], labels below 0 are padding and their costs mean
-    nothing. The product of the embeddings takes bf16 as it is and fp32 as TF32, and adds in fp32.
+    `probability` fp32 [B,N,T] of each segment's class; `mask_embeddings` [B,N,C], `pixel_embeddings` [B,C,h,w], each
+    fp32, bf16 or fp16; `segment_map` [B,L,H,W] at full resolution (its nearest pixels are read), int16, or uint8 with
+    the same values modulo 256 for T <= 254; `segment_layer` int64 [B,T]. Costs of padding segments mean nothing. The
+    product of the embeddings takes bf16 as it is and fp32 as TF32, and adds in fp32.
     """
     from mf_scale.kernels import triton_common
     from mf_scale.kernels import triton_cost_kernels as kernels
 
-    (B, N, C), (h, w), T = mask_embeddings.shape, pixel_embeddings.shape[2:], labels.shape[1]
-    (L, H, W), K = segment_map.shape[1:], class_logits.shape[2]
+    (B, N, C), (h, w), T = mask_embeddings.shape, pixel_embeddings.shape[2:], segment_layer.shape[1]
+    L, H, W = segment_map.shape[1:]
     if segment_map.dtype == torch.uint8 and T > 254:
         raise ValueError(f"a map of bytes cannot name {T} segments")
-    costs = torch.empty(4, B, N, T, dtype=torch.float32, device=labels.device)
+    costs = torch.empty(4, B, N, T, dtype=torch.float32, device=segment_layer.device)
     if costs.numel() == 0:
         return costs[0], costs[1], costs[2], costs[3]
     dtype = torch.promote_types(mask_embeddings.dtype, pixel_embeddings.dtype)
-    form = blocks(N, C, T, h * w, dtype, triton_common.block_memory(labels.get_device()))
+    form = blocks(N, C, T, h * w, dtype, triton_common.block_memory(segment_layer.get_device()))
     pixel_tiles = -(-h * w // form["BP"])
     programs = -(-N // form["BN"]) * form["T_BLOCKS"] * B
     splits = max(1, min(-(-_PROGRAMS_WANTED // programs), pixel_tiles // _LEAST_TILES))
@@ -91,14 +90,12 @@ def pairwise_cost(
             **form,
         )
         kernels.cost_finish[(N, B)](
-            class_logits.contiguous(),
-            labels.contiguous(),
+            probability.contiguous(),
             inside,
             whole,
             areas,
             costs,
-            *(N, T, K, splits, float(weights.class_weight), float(weights.focal_weight), float(weights.dice_weight)),
-            BK=_power_of_two(K, 32, 1024),
+            *(N, T, splits, float(weights.class_weight), float(weights.focal_weight), float(weights.dice_weight)),
             BT=_power_of_two(T, 16, 256),
             num_warps=1,
             **LAUNCH,

@@ -118,37 +118,13 @@ def cost_sums(
             tl.store(areas + number * (T + 1) + T, tl.sum(counted, axis=0).to(tl.float32))
 
 
-@jit
-def _largest(values, K, BLOCK: tl.constexpr):
-    """Greatest of K values, passing over NaN."""
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(values + k, mask=k < K, other=float("-inf")).to(tl.float32))
-    return tl.max(largest, axis=0)
-
-
-@jit
-def _sum_of_powers(values, largest, K, BLOCK: tl.constexpr):
-    """Sum of exp(value - largest); NaN where a value is NaN."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = tl.load(values + k, mask=k < K, other=float("-inf")).to(tl.float32)
-        total += tl.exp2((value - largest) * LOG2_E)
-    return tl.sum(total, axis=0)
-
-
 @jit(do_not_specialize=["T", "splits"])
 def cost_finish(
-    class_logits, labels, inside, whole, areas, costs, N, T, K, splits, class_weight, focal_weight, dice_weight,
-    BK: tl.constexpr, BT: tl.constexpr,
+    probability, inside, whole, areas, costs, N, T, splits, class_weight, focal_weight, dice_weight,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """Class, focal, dice and total cost [4,B,N,T] of one query: its splits added in their order."""
     n, b, B = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    values = class_logits + (b.to(tl.int64) * N + n) * K
-    largest = _largest(values, K, BK)
-    powers = _sum_of_powers(values, largest, K, BK)
     focal_out, mass, counted = 0.0, 0.0, 0.0
     for split in range(splits):
         number = split * B + b
@@ -164,9 +140,7 @@ def cost_finish(
             focal_in += tl.load(inside + (2 * number.to(tl.int64) * N + n) * T + t, mask=real, other=0.0)
             mass_in += tl.load(inside + ((2 * number + 1).to(tl.int64) * N + n) * T + t, mask=real, other=0.0)
             size += tl.load(areas + number * (T + 1) + t, mask=real, other=0.0)
-        label = tl.maximum(tl.load(labels + b * T + t, mask=real, other=0), 0)
-        logit = tl.load(values + label, mask=real, other=0.0).to(tl.float32)
-        by_class = -tl.exp2((logit - largest) * LOG2_E) / powers
+        by_class = -tl.load(probability + (b.to(tl.int64) * N + n) * T + t, mask=real, other=0.0)
         focal = (focal_in + focal_out) / tl.maximum(counted, 1.0)
         dice = 1.0 - (2.0 * mass_in + 1.0) / (mass + size + 1.0)
         out = costs + (b.to(tl.int64) * N + n) * T + t

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import NO_LABEL, Batch
-from mf_scale.kernels.mask_loss import wide
+from mf_scale.kernels.class_rows import Logits, asked_classes
+from mf_scale.kernels.mask_loss import wide_dtype
+from mf_scale.losses.class_loss import class_loss
+from mf_scale.losses.long_tail import Adjustment
 from mf_scale.losses.mask_loss import MaskLoss, mask_loss
 from mf_scale.losses.terms import LossTerms
 from mf_scale.matching.cost import pairwise_cost
 from mf_scale.matching.hungarian import Matching, match
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Criterion:
     """Loss of a prediction against a batch. Every layer is matched anew. Source: MaskFormer section 3.3.
 
     All outputs of the model take part for every batch, also for one without segments, by the same operations: the class
-    logits of all queries in the cross-entropy, embeddings in a product of at least one (padding) pair an image. So all
-    ranks build the same graph and every parameter has a gradient.
+    embeddings of all queries in the cross-entropy, the masks' in a product of at least one (padding) pair an image.
+    So all ranks build the same graph and every parameter has a gradient.
     """
 
     names: tuple[str, ...] = ("class", "focal", "dice")
@@ -53,8 +55,17 @@ class Criterion:
 
     summed = 2
 
-    def __init__(self, loss: LossConfig, matching: MatchingConfig, num_classes: int, queries: int) -> None:
+    def __init__(
+        self,
+        loss: LossConfig,
+        matching: MatchingConfig,
+        num_classes: int,
+        queries: int,
+        adjustment: Adjustment | None = None,
+    ) -> None:
+        """`adjustment` of the class logits for long tails; None: the paper's plain cross-entropy."""
         self.loss, self.matching, self.num_classes, self.queries = loss, matching, num_classes, queries
+        self.adjustment = adjustment
 
     def totals(self, batch: Batch) -> tuple[float, ...]:
         """Segments and class weight of a batch."""
@@ -76,8 +87,11 @@ class Criterion:
         """
         with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
             stacked = prediction.stacked()
-        cost = pairwise_cost(prediction, batch, self.matching, self.loss, stacked)
-        return self.of_pairs(prediction, stacked, batch, match(cost, batch, self.matching.nonfinite), normalisers)
+        with torch.no_grad():
+            logits = Logits(stacked.class_embeddings.flatten(1, 2), prediction.classifier)
+        cost = pairwise_cost(prediction, batch, self.matching, self.loss, stacked, logits)
+        pairs = match(cost, batch, self.matching.nonfinite)
+        return self.of_pairs(prediction, stacked, batch, pairs, normalisers, logits.taken())
 
     def of_pairs(
         self,
@@ -86,12 +100,18 @@ class Criterion:
         batch: Batch,
         pairs: Matching,
         normalisers: Normalisers,
+        made: Tensor | None = None,
     ) -> LossTerms:
-        """The same for queries that are matched already; `stacked` are the prediction's layers."""
+        """The same for queries that are matched already; `stacked` are the prediction's layers.
+
+        `made` are the class logits where the cost has left them; they are overwritten.
+        """
         per_mask = 1 / max(1.0, normalisers.num_masks)
         with torch.autocast(prediction.pixel_embeddings.device.type, enabled=False):
             scale = self.loss.class_weight / normalisers.class_weight
-            by_class, class_layers = self._class_loss(stacked.class_logits, pairs, scale)
+            by_class, class_layers = self._class_loss(
+                stacked.class_embeddings, prediction.classifier, pairs, scale, batch, made
+            )
             masks = self._mask_loss(stacked.mask_embeddings, prediction.pixel_embeddings, batch, pairs)
         total = torch.add(by_class, masks.total, alpha=per_mask)
         terms = {
@@ -108,19 +128,26 @@ class Criterion:
         counts = {"matched": pairs.matched, "surplus": pairs.surplus}
         return LossTerms(total, terms, counts, layers, pairs.nonfinite)
 
-    def _class_loss(self, class_logits: Tensor, pairs: Matching, scale: float) -> tuple[Tensor, Tensor]:
+    def _class_loss(
+        self,
+        class_embeddings: Tensor,
+        classifier: Classifier,
+        pairs: Matching,
+        scale: float,
+        batch: Batch,
+        made: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Sum over images, layers and queries of the weighted cross-entropy times `scale`, and by layer [S], detached.
 
-        class_logits [B,S,Q,K+1]. Spelt out as torch's cross_entropy is made, so that both come from one softmax.
+        class_embeddings [B,S,Q,W].
         """
-        logits = wide(class_logits.flatten(0, 2))
-        targets = pairs.labels.flatten().remainder(self.num_classes + 1)  # NO_LABEL is -1 and becomes K, no-object
-        weight = logits.new_full((self.num_classes + 1,), scale)
-        weight[-1].fill_(scale * self.loss.no_object_weight)  # assigning a number would wait for the GPU
-        log_probability = logits.log_softmax(dim=1)
-        total = F.nll_loss(log_probability, targets, weight, reduction="sum")
-        single = F.nll_loss(log_probability.detach(), targets, weight, reduction="none")
-        return total, single.view(class_logits.shape[:3]).sum(dim=(0, 2))
+        targets = pairs.labels.remainder(self.num_classes + 1)  # NO_LABEL is -1 and becomes K, no-object
+        weights = class_embeddings.new_full((self.num_classes + 1,), scale, dtype=wide_dtype(classifier.weight))
+        weights[-1].fill_(scale * self.loss.no_object_weight)  # assigning a number would wait for the GPU
+        asked = None if batch.class_mask is None else asked_classes(batch.class_mask, batch.labels)
+        given = (class_embeddings.flatten(1, 2), classifier, targets, weights)
+        total, rows = class_loss(*given, asked=asked, adjustment=self.adjustment, made=made)
+        return total, rows.view(class_embeddings.shape[:3]).sum(dim=(0, 2))
 
     def _by_layer(self, masks: MaskLoss, pairs: Matching, shape: torch.Size) -> Tensor:
         """Focal and dice loss summed by layer, [2,S]; `shape` [B,S,Q,C] of the mask embeddings."""

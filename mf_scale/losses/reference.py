@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig, MatchingConfig
-from mf_scale.data.batch import IGNORE, NO_LABEL, Batch
+from mf_scale.data.batch import IGNORE, NO_LABEL, NOT_EXHAUSTIVE, UNKNOWN, Batch
 from mf_scale.matching.hungarian import solve
 from mf_scale.models.outputs import MaskPrediction, PixelPrediction
 
@@ -46,6 +46,32 @@ def dice_loss(logits: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
     return 1 - (2 * (s * t).sum() + 1) / (s.sum() + t.sum() + 1)
 
 
+def unknown_classes(batch: Batch, image: int) -> list[int]:
+    """Classes of one image that count as neither right nor wrong: a class that is marked there is known."""
+    if batch.class_mask is None:
+        return []
+    return [
+        k for k in (batch.class_mask[image] == UNKNOWN).nonzero().flatten().tolist() if k not in batch.labels[image]
+    ]
+
+
+def without(class_logits: Tensor, classes: list[int]) -> Tensor:
+    """Logits [.,K+1] with minus infinity for some classes."""
+    out = torch.zeros_like(class_logits[..., :1].expand_as(class_logits), dtype=torch.bool)
+    out[..., classes] = True
+    return torch.where(out, torch.full_like(class_logits, -torch.inf), class_logits)
+
+
+def asked_logits(class_logits: Tensor, targets: Tensor, batch: Batch, image: int) -> Tensor:
+    """Logits [Q,K+1] of what a query is asked: unmatched ones nothing of classes that are not marked exhaustively."""
+    class_logits = without(class_logits, unknown_classes(batch, image))
+    if batch.class_mask is None:
+        return class_logits
+    not_exhaustive = (batch.class_mask[image] == NOT_EXHAUSTIVE).nonzero().flatten().tolist()
+    matched = (targets < class_logits.shape[-1] - 1)[:, None]
+    return torch.where(matched, class_logits, without(class_logits, not_exhaustive))
+
+
 def class_loss(class_logits: Tensor, targets: Tensor, no_object_weight: float) -> Tensor:
     """Weighted sum over queries [Q,K+1] of the cross-entropy with their targets [Q]; the last class is no-object."""
     log_probability = class_logits.log_softmax(dim=-1)
@@ -61,7 +87,7 @@ def matching_cost(
     segment_map = batch.segment_map[image]
     low = F.interpolate(segment_map[None].to(torch.float64), size=mask_logits.shape[-2:], mode="nearest")[0].long()
     counted = counted_pixels(low, loss.ignored_pixels)
-    probability = class_logits.softmax(dim=-1)
+    probability = without(class_logits, unknown_classes(batch, image)).softmax(dim=-1)
     rows = []
     for query in range(len(class_logits)):
         for segment in range(segment_count(batch, image)):
@@ -96,7 +122,7 @@ def reference_loss(
         mask_logits = torch.einsum("bqc,bchw->bqhw", layer.mask_embeddings, prediction.pixel_embeddings)
         upsampled = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
         for image, segment_map in enumerate(batch.segment_map):
-            class_logits = layer.class_logits[image]
+            class_logits = prediction.classifier.logits(layer.class_embeddings[image])
             cost = matching_cost(class_logits, mask_logits[image], batch, image, matching, loss)
             counted = counted_pixels(segment_map, loss.ignored_pixels)
             targets = torch.full((len(class_logits),), class_logits.shape[-1] - 1, device=cost.device)
@@ -107,7 +133,8 @@ def reference_loss(
                 dice = dice_loss(upsampled[image, query], mask, counted)
                 terms["focal"] = terms["focal"] + loss.focal_weight * focal / max(1.0, num_masks)
                 terms["dice"] = terms["dice"] + loss.dice_weight * dice / max(1.0, num_masks)
-            by_class = class_loss(class_logits, targets, loss.no_object_weight) / class_weight
+            asked = asked_logits(class_logits, targets, batch, image)
+            by_class = class_loss(asked, targets, loss.no_object_weight) / class_weight
             terms["class"] = terms["class"] + loss.class_weight * by_class
     return terms
 

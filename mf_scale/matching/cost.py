@@ -13,9 +13,11 @@ from mf_scale.config.schema import LossConfig, MatchingConfig
 from mf_scale.data.batch import IGNORE, Batch
 from mf_scale.kernels import triton_cost
 from mf_scale.kernels.choose import choose_kernels
+from mf_scale.kernels.class_rows import Logits, asked_classes
 from mf_scale.kernels.native import BLOCK, PairSums
 from mf_scale.kernels.targets import signed_map
 from mf_scale.kernels.triton_cost import CostWeights
+from mf_scale.matching.class_cost import class_probabilities
 from mf_scale.models.outputs import LayerPrediction, MaskPrediction
 
 _CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**26}
@@ -43,11 +45,13 @@ def pairwise_cost(
     matching: MatchingConfig,
     loss: LossConfig,
     stacked: LayerPrediction | None = None,
+    logits: Logits | None = None,
 ) -> PairwiseCost:
     """Cost of every query for every segment at prediction resolution, in fp32 (fp64 for fp64 predictions).
 
     The map is downsampled to its nearest pixels. `loss` gives focal alpha and gamma, what ignored pixels are, and the
-    kernels. `stacked` are the prediction's stacked layers where the caller has them already. Source: MaskFormer section
+    kernels. `stacked` are the prediction's stacked layers where the caller has them already, `logits` its class logits
+    in the making. Source: MaskFormer section
     3.3 and its code (cost weights as in the loss).
     """
     pixels = prediction.pixel_embeddings
@@ -55,15 +59,23 @@ def pairwise_cost(
     kernels = choose_kernels(loss.kernels, pixels.device.type, dtype)
     with torch.autocast(pixels.device.type, enabled=False):
         stacked = stacked or prediction.stacked()
+        asked = None if batch.class_mask is None else asked_classes(batch.class_mask, batch.labels)
+        embeddings = stacked.class_embeddings.flatten(1, 2)
+        probability = class_probabilities(embeddings, prediction.classifier, batch.labels, asked, logits)
         if kernels == "triton":
-            return _fused_cost(stacked, pixels, batch, matching, loss)
-        return _cost_by_image(_BY_KERNEL[kernels], stacked, pixels, batch, matching, loss)
+            return _fused_cost(probability, stacked, pixels, batch, matching, loss)
+        return _cost_by_image(_BY_KERNEL[kernels], probability, stacked, pixels, batch, matching, loss)
 
 
 def _fused_cost(
-    stacked: LayerPrediction, pixels: Tensor, batch: Batch, matching: MatchingConfig, loss: LossConfig
+    probability: Tensor,
+    stacked: LayerPrediction,
+    pixels: Tensor,
+    batch: Batch,
+    matching: MatchingConfig,
+    loss: LossConfig,
 ) -> PairwiseCost:
-    """On a GPU: all images and layers at once."""
+    """On a GPU: all images and layers at once; `probability` [B,S*Q,T] of each segment's class."""
     weights = CostWeights(
         matching.class_weight,
         matching.focal_weight,
@@ -73,31 +85,30 @@ def _fused_cost(
         loss.ignored_pixels == "exclude",
     )
     costs = triton_cost.pairwise_cost(
-        stacked.class_logits.flatten(1, 2),
+        probability,
         stacked.mask_embeddings.flatten(1, 2),
         pixels,
         batch.segment_map,
         batch.segment_layer,
-        batch.labels,
         weights,
     )
-    sizes = stacked.class_logits.shape[1:3]
+    sizes = stacked.mask_embeddings.shape[1:3]
     return PairwiseCost(*(cost.unflatten(1, sizes) for cost in costs))
 
 
 def _cost_by_image(
     mask_costs: Any,
+    probability: Tensor,
     stacked: LayerPrediction,
     pixels: Tensor,
     batch: Batch,
     matching: MatchingConfig,
     loss: LossConfig,
 ) -> PairwiseCost:
-    """All layers of one image after the other."""
+    """All layers of one image after the other; `probability` [B,S*Q,T] of each segment's class."""
     dtype, T = torch.promote_types(pixels.dtype, torch.float32), batch.labels.shape[1]
-    B, S, Q, _ = stacked.class_logits.shape
-    labels = batch.labels.clamp(min=0)[:, None, None].expand(B, S, Q, T)
-    class_cost = -stacked.class_logits.to(dtype).softmax(dim=-1).gather(3, labels)
+    B, S, Q, _ = stacked.mask_embeddings.shape
+    class_cost = probability.to(dtype).view(B, S, Q, T).neg()
     maps = downsample_nearest(batch.segment_map, (pixels.shape[2], pixels.shape[3])).flatten(2)
     focal, dice = torch.empty_like(class_cost), torch.empty_like(class_cost)
     for b in range(B):

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mf_scale.config.schema import ModelConfig
 from mf_scale.errors import UserError
 from mf_scale.models import convert, per_pixel
 from mf_scale.models.attention import resolve_kernel
 from mf_scale.models.backbones import build_backbone
+from mf_scale.models.class_embeddings import embedding_width
 from mf_scale.models.maskformer import MaskFormer
 from mf_scale.models.norms import widen_norms
 from mf_scale.models.pixel_decoder import PixelDecoder
 from mf_scale.models.pixel_level import PixelBackbone, PixelEmbedder
+from mf_scale.models.text_head import rows_without_meaning
 
 
-def build_model(config: ModelConfig, num_classes: int, *, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int, *, seed: int, class_rows: Tensor | None = None) -> nn.Module:
     """Build on the CPU in fp32; equal seeds give equal weights and the caller's random state is left alone.
 
-    Raises UserError for sizes that cannot be, and what the builders of the parts raise.
+    `class_rows` [K,D] are the vocabulary's rows of config.class_embeddings. None: rows of that file's width without
+    meaning, for a model whose weights are loaded later or do not matter. Raises UserError for sizes that cannot be, and
+    what the builders of the parts raise.
     """
     _check(config, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone, pixel_decoder = _pixel_level(config)
         if config.kind == "mask_classification":
-            model: nn.Module = MaskFormer(backbone, pixel_decoder, config, num_classes)
+            if class_rows is None and config.class_embeddings is not None:
+                class_rows = rows_without_meaning(num_classes, embedding_width(config.class_embeddings))
+            model: nn.Module = MaskFormer(backbone, pixel_decoder, config, num_classes, class_rows)
         else:
             model = per_pixel.build(backbone, pixel_decoder, config, num_classes)
     widen_norms(model)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mf_scale.config.schema import Config
 from mf_scale.data.index import HEAD, KINDS, Index
-from mf_scale.data.loader import make_reader, train_rules
+from mf_scale.data.making import make_reader, train_rules
 from mf_scale.data.samples import BadSample
 from mf_scale.data.sources import open_training, training_sources
 from mf_scale.data.storage import Storage

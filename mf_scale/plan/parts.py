@@ -99,17 +99,21 @@ def _count(model: Any, crop: Sequence[int]) -> tuple[Part, ...]:
         image = torch.empty(1, 3, *crop)
         with FlopCounterMode(display=False) as forward:
             prediction = model(image)
+        with FlopCounterMode(display=False) as classes:
+            if not isinstance(prediction, PixelPrediction):  # the loss multiplies for all layers
+                prediction.classifier.logits(prediction.stacked().class_embeddings)
         with FlopCounterMode(display=False) as product:
             if isinstance(prediction, PixelPrediction):
                 prediction.logits()
             else:
                 torch.einsum("bqc,bchw->bqhw", prediction.mask_embeddings, prediction.pixel_embeddings)
     counts = forward.get_flop_counts()
-    parts = [
-        _part(name, child, sum(counts.get(f"{type(model).__name__}.{name}", {}).values()))
-        for name, child in model.named_children()
-    ]
-    outside = forward.get_total_flops() - sum(part.flops for part in parts)
+    of_child = {
+        name: sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) for name, _ in model.named_children()
+    }
+    outside = forward.get_total_flops() - sum(of_child.values())
+    of_child["heads"] = of_child.get("heads", 0) + classes.get_total_flops()
+    parts = [_part(name, child, of_child[name]) for name, child in model.named_children()]
     own = sum(p.numel() for p in model.parameters(recurse=False))
     listed = [part for part in (*parts, Part("other", own, own, outside)) if part.parameters or part.flops]
     return (*listed, Part(PRODUCT, 0, 0, product.get_total_flops()))

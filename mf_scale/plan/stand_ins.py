@@ -61,7 +61,7 @@ def empty_batch(images: int, crop: Iterable[int], segments: int) -> Batch:
 
 def made_up_pairs(prediction: MaskPrediction, batch: Batch) -> Matching:
     """As many pairs as the matching finds, which reads numbers: every segment has a query in every layer."""
-    layers, (images, queries) = len(prediction.layers()), prediction.class_logits.shape[:2]
+    layers, (images, queries) = len(prediction.layers()), prediction.mask_embeddings.shape[:2]
     matched = min(batch.labels.shape[1], queries)
     pairs = torch.empty(images, max(1, layers * matched), dtype=torch.int64)
     return Matching(
@@ -97,7 +97,7 @@ def matching_workspace(prediction: MaskPrediction, batch: Batch, config: Config,
     """Bytes that the matching cost takes for a moment, at the end of the forward pass."""
     pixels, layers = prediction.pixel_embeddings, len(prediction.layers())
     images, channels, height, width = pixels.shape
-    queries, segments, cells = prediction.class_logits.shape[1], batch.labels.shape[1], height * width
+    queries, segments, cells = prediction.mask_embeddings.shape[1], batch.labels.shape[1], height * width
     costs = 4 * 4 * images * layers * queries * segments
     if device == "cuda" and config.loss.kernels in ("auto", "triton"):
         # Costs, the splits' sums (about as much twice), and the embeddings, contiguous.

@@ -27,6 +27,8 @@ from mf_scale.distributed.env import World
 from mf_scale.errors import GuardError, UserError
 from mf_scale.fragments import AVERAGE, WEIGHT
 from mf_scale.models.build import build_model
+from mf_scale.models.logit_adjustment import adjust_logits
+from mf_scale.models.text_head import CLASS_ROWS
 from mf_scale.rundir import RunDir
 from mf_scale.training.fence import Fence
 from mf_scale.training.recorder import Recorder
@@ -127,9 +129,12 @@ def present_model(session: Session) -> nn.Module:
     """A model of its own with the present weights, those that eval.weights names, in eval mode on the device."""
     config = session.config.model
     bare = replace(config, backbone=replace(config.backbone, weights="none"))
-    model = build_model(bare, len(session.vocabulary), seed=session.config.seed)
+    rows = session.engine.replicated().get(CLASS_ROWS)  # not from their file, which may be gone by now
+    rows = None if rows is None else rows.cpu()
+    model = build_model(bare, len(session.vocabulary), seed=session.config.seed, class_rows=rows)
     use_average = session.ema is not None and session.validated == "ema"
     _load_present(session, model, use_average)
+    adjust_logits(model, session.counted, session.config.eval.logit_adjustment, where="the training sources")
     return model.to(session.device).eval()
 
 

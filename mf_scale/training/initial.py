@@ -12,16 +12,12 @@ from mf_scale.config.schema import Config, ModelConfig
 from mf_scale.errors import UserError
 from mf_scale.fragments import checkpoint_weights
 from mf_scale.models.build import build_model
+from mf_scale.models.class_embeddings import class_rows
+from mf_scale.models.text_head import CLASS_ROWS
 from mf_scale.models.weights import compare, load_tensors
 from mf_scale.rundir import resolve_checkpoint
+from mf_scale.training.class_rows import CLASS_HEADS, lend_rows, lent_classes, refuse_other_rows
 from mf_scale.vocabulary import Vocabulary
-
-CLASS_HEADS = {
-    "mask_classification": "heads.class_head.",
-    "per_pixel": "classifier.",
-    "per_pixel_plus": "transformer_decoder.queries.",  # query k is class k
-}
-"""By model kind, how the names of the tensors begin that belong to the classes of one vocabulary."""
 
 
 def initial_model(
@@ -30,23 +26,30 @@ def initial_model(
     """The model on the CPU with the weights of `checkpoint` (a resumed run's own, raw), `train.init_from` (those that
     eval.weights asks for) or neither.
 
-    `init_from` is the checkpoint that train.init_from names, where that was verified already. With train.reinit_head
+    `init_from` is the checkpoint that train.init_from names, where that was verified already. Where its vocabulary is
+    another, classes that are in both keep their rows of the class head, which the notes list. With train.reinit_head
     the class head of `init_from` is left out and starts anew, which the notes list; a resumed
-    run's checkpoint has its own class head and is taken whole. Raises UserError for weights that do not fit.
+    run's checkpoint has its own class head and is taken whole. Class embeddings come from their file always. Raises
+    UserError for weights that do not fit.
     """
     source = checkpoint or init_from
     if source is None and config.train.init_from:
         source = resolve_checkpoint(config.train.init_from)[1]
-    model = build_model(_bare(config.model) if source else config.model, len(vocabulary), seed=config.seed)
+    rows = class_rows(config.model.class_embeddings, vocabulary)
+    described = _bare(config.model) if source else config.model
+    model = build_model(described, len(vocabulary), seed=config.seed, class_rows=rows)
     refuse_uneven_crop(model, config)
     if source is None:
         return model, []
     # A resumed run goes on with what was trained; another run's average is the better start where it has one.
     given = checkpoint_weights(source, "raw" if checkpoint else config.eval.weights)
-    if checkpoint is None and config.train.reinit_head:
+    if checkpoint is not None:
+        refuse_other_rows(model.state_dict(), given, source)
+        load_tensors(model, given, where=source)
+        return model, []
+    if config.train.reinit_head:
         return model, [_load_all_but_class_head(model, given, source, config.model.kind)]
-    load_tensors(model, given, where=source)
-    return model, []
+    return model, _load_by_class(model, given, source, config, vocabulary)
 
 
 def refuse_uneven_crop(model: nn.Module, config: Config) -> None:
@@ -64,6 +67,27 @@ def refuse_uneven_crop(model: nn.Module, config: Config) -> None:
 def _bare(config: ModelConfig) -> ModelConfig:
     """Without the backbone's pretrained weights, which would be overwritten at once."""
     return replace(config, backbone=replace(config.backbone, weights="none"))
+
+
+def _load_by_class(
+    model: nn.Module, given: dict[str, Tensor], source: Path, config: Config, vocabulary: Vocabulary
+) -> list[str]:
+    """Load what is there, rows of the class head by class; what a person should know of it."""
+    own, notes = model.state_dict(), []
+    if (CLASS_ROWS in own) != (CLASS_ROWS in given):
+        heads = ("a linear class head", "a class head by text embeddings (model.class_embeddings)")
+        raise UserError(
+            f"the checkpoint has {heads[CLASS_ROWS in given]}, the model {heads[CLASS_ROWS in own]}",
+            where=str(source),
+            remedy="Add --reinit-head, which takes all but its class head.",
+        )
+    if CLASS_ROWS in own:
+        given = {**given, CLASS_ROWS: own[CLASS_ROWS]}
+    lent = lent_classes(config, source, vocabulary)
+    if lent is not None:
+        given, notes = lend_rows(own, given, lent, config.model.kind), [lent.note()]
+    load_tensors(model, given, where=source)
+    return notes
 
 
 def _load_all_but_class_head(model: nn.Module, given: dict[str, Tensor], source: Path, kind: str) -> str:

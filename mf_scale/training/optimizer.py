@@ -10,7 +10,14 @@ from torch import nn
 from mf_scale.config.schema import OptimizerConfig
 
 _NO_DECAY_TYPES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-_NO_DECAY_NAMES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token")
+_NO_DECAY_NAMES = (
+    "relative_position_bias_table",
+    "absolute_pos_embed",
+    "pos_embed",
+    "cls_token",
+    "class_head.scale",  # of the head by text embeddings: a logarithm, and a vector whose length does not matter
+    "class_head.no_object",
+)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -14,9 +14,12 @@ from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary, plan_batch
 from mf_scale.data.index import Index, verify_shards
 from mf_scale.data.sources import open_training, open_validation
+from mf_scale.data.unified import merges_of, way_note, what_changed
 from mf_scale.distributed.env import World
 from mf_scale.errors import FaultError, UserError
+from mf_scale.models.class_embeddings import class_rows
 from mf_scale.rundir import (
+    MERGES,
     VOCABULARY,
     RunDir,
     committed_checkpoints,
@@ -25,9 +28,11 @@ from mf_scale.rundir import (
     resolve_checkpoint,
 )
 from mf_scale.training.checkpoint import point_latest
+from mf_scale.training.class_rows import LENT, class_images, lent_classes
 from mf_scale.training.fence import LOCK, Fence
 from mf_scale.training.leftovers import DAMAGED, set_aside, sweep, sweep_aside, without_manifest
 from mf_scale.training.lock import take_lock
+from mf_scale.unify import describe, whole_text
 from mf_scale.vocabulary import Vocabulary
 
 _SHARED_SECONDS = 15.0
@@ -45,11 +50,12 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
     sources = open_training(config.data)
     vocabulary = sources[0].vocabulary
     check_vocabulary(config, vocabulary, where=", ".join(index.source for index in sources))
+    class_rows(config.model.class_embeddings, vocabulary)
     for index in sources:
         verify_shards(index, checksums=sum(shard.size for shard in index.shards) <= _CHECKSUM_BYTES)
-    validation = open_validation(config.data)
+    validation = open_validation(config.data, vocabulary)
     if validation is not None:
-        _check_validation(validation, vocabulary)
+        verify_shards(validation, checksums=False)
     _refuse_missing_ranks(config, world)
     refuse_foreign(run)
     taken = take_lock(run, lock)
@@ -63,23 +69,44 @@ def examine(config: Config, run: RunDir, world: World, lock: list[int]) -> dict[
             where=str(run.path),
             remedy="Restore one, or start a new run_dir (train.init_from can take weights from elsewhere).",
         )
-    source = None
+    source, lent = None, None
     if checkpoint is not None:
         check_same_vocabulary(
             checkpoint, vocabulary, f"start a new run_dir with train.init_from={run.path} --reinit-head."
         )
     elif config.train.init_from:
         source = resolve_checkpoint(config.train.init_from)[1]
-        if not config.train.reinit_head:
-            check_same_vocabulary(source, vocabulary, "add --reinit-head, which takes all but its class head.")
+        lent = lent_classes(config, source, vocabulary)
+    merges, texts = _merges(run, sources, validation, checkpoint)
     return {
         "checkpoint": str(checkpoint) if checkpoint else None,
         "init_from": str(source) if source else None,
         "token": taken.fence.token,
         "start": taken.start,
+        "class_images": class_images(sources),
+        "texts": texts | ({LENT: lent.text()} if lent is not None else {}),
         "damaged": [str(folder) for folder in damaged],
-        "notes": [*notes, *damaged.values(), *_few_queries(config, sources), *_unseen(config, world, validation)],
+        "notes": [
+            *notes,
+            *damaged.values(),
+            *_few_queries(config, sources),
+            *_unseen(config, world, validation),
+            *merges,
+        ],
     }
+
+
+def _merges(
+    run: RunDir, sources: Sequence[Index], validation: Index | None, checkpoint: Path | None
+) -> tuple[list[str], dict[str, str]]:
+    """What a start says of a unified vocabulary, and the file of the run that has all of it."""
+    seen = way_note(validation, "validation") if validation is not None else None
+    unified = merges_of(sources)
+    if unified is None:
+        return list(filter(None, [seen])), {}
+    changed = what_changed(Vocabulary.load(checkpoint / VOCABULARY), unified.vocabulary) if checkpoint else None
+    lines = describe(unified, whole=str(run.path / MERGES))
+    return [*lines, *filter(None, [changed, seen])], {MERGES: whole_text(unified)}
 
 
 def settle(run: RunDir, fence: Fence, settings: dict[str, str], damaged: list[Path]) -> list[str]:
@@ -186,8 +213,9 @@ def _few_queries(config: Config, sources: Sequence[Index]) -> list[str]:
 def segment_counts(index: Index, task: str, images: int = 2**20) -> Iterator[np.ndarray]:
     """Segments of each image of a source as `task` has them, int64, so many `images` at a time; crowds included.
 
-    For instance an upper bound: the segments that are left when each stuff class of the image takes one. In pieces,
-    since the counts of 100 million images take 800 MB.
+    For instance an upper bound: the segments that are left when each stuff class of the image takes one; and where
+    labels are mapped, which may leave segments out or join them. In pieces, since the counts of 100 million images
+    take 800 MB.
     """
     column, things = index.column("segments"), np.array(index.vocabulary.things, dtype=bool)
     for first in range(0, index.samples, images):
@@ -204,25 +232,37 @@ def segment_counts(index: Index, task: str, images: int = 2**20) -> Iterator[np.
 
 
 def check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) -> None:
+    """UserError unless a checkpoint has the classes of the training sources, in their order."""
     saved = Vocabulary.load(source / VOCABULARY)
-    if saved.digest != vocabulary.digest:
-        changed = [a for a, b in zip(saved.names, vocabulary.names, strict=False) if a != b]
+    if saved.digest == vocabulary.digest:
+        return
+    if sorted(zip(saved.names, saved.things, strict=True)) == sorted(
+        zip(vocabulary.names, vocabulary.things, strict=True)
+    ):
         raise UserError(
-            f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the source has "
-            f"{vocabulary.name!r} ({len(vocabulary)} classes)"
-            + (f"; the first class that differs is {changed[0]!r}" if changed else ""),
+            f"the checkpoint was trained on the same {len(saved):,} classes in another order: the order of the sources "
+            "gives the order of the labels",
             where=str(source),
-            remedy=f"Pack the source with the checkpoint's vocabulary, or {other_way}",
+            remedy=f"Name the sources in the order of the run, new ones last, or {other_way}",
         )
+    changed = [a for a, b in zip(saved.names, vocabulary.names, strict=False) if a != b]
+    unified = bool(saved.members or vocabulary.members)
+    raise UserError(
+        f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the "
+        f"{'sources together have' if unified else 'source has'} "
+        f"{vocabulary.name!r} ({len(vocabulary)} classes)"
+        + (f"; the first class that differs is {changed[0]!r}" if changed else "")
+        + (_lost_and_new(saved, vocabulary) if unified else ""),
+        where=str(source),
+        remedy=(
+            "Sources, tables and maps may change in a run as long as the unified classes stay the same: take back "
+            f"what changed, or {other_way}"
+            if unified
+            else f"Pack the source with the checkpoint's vocabulary, or {other_way}"
+        ),
+    )
 
 
-def _check_validation(validation: Index, vocabulary: Vocabulary) -> None:
-    if validation.vocabulary.digest != vocabulary.digest:
-        raise UserError(
-            f"the validation source has vocabulary {validation.vocabulary.name!r} "
-            f"({len(validation.vocabulary)} classes), the training source {vocabulary.name!r} "
-            f"({len(vocabulary)} classes)",
-            where=validation.source,
-            remedy="Pack both with the same vocabulary.",
-        )
-    verify_shards(validation, checksums=False)
+def _lost_and_new(saved: Vocabulary, vocabulary: Vocabulary) -> str:
+    lost, new = (set(a.names) - set(b.names) for a, b in ((saved, vocabulary), (vocabulary, saved)))
+    return f"; {len(lost):,} of its classes are gone, {len(new):,} are new"

@@ -66,6 +66,8 @@ class Session:
     statistics: MovingStatistics
     phases: Phases
     criterion: StepLoss
+    counted: Vocabulary
+    """The vocabulary with the training images of each class, as the checkpoints have it."""
     state: TrainState
     settings: dict[str, str]
     """Texts of config.yaml and vocabulary.json by file name, for the checkpoints."""
@@ -120,6 +122,7 @@ def open_session(
         checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
         damaged = [Path(folder) for folder in found["damaged"]]
         init_from = Path(found["init_from"]) if found["init_from"] else None
+        counted = vocabulary.with_images(found["class_images"])
         model, started_with = comm.together(lambda: initial_model(config, vocabulary, checkpoint, init_from))
         optimizer = build_optimizer(model, config.optimizer)
         plan = plan_batch(config, world.size)
@@ -142,9 +145,9 @@ def open_session(
         engine.prepare_moments(state.updates)
         if checkpoint is not None:
             comm.together(lambda: _read_tensors(engine, ema, checkpoint, world))
-        settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(vocabulary.to_dict(), indent=1)}
-        validation = comm.together(lambda: open_validation(config.data))
-        notes += comm.on_first_rank(lambda: settle(run, fence, settings, damaged))
+        settings = {CONFIG: config_to_yaml(config), VOCABULARY: json.dumps(counted.to_dict(), indent=1)}
+        validation = comm.together(lambda: open_validation(config.data, vocabulary))
+        notes += comm.on_first_rank(lambda: settle(run, fence, settings | found["texts"], damaged))
         yield Session(
             config=config,
             world=world,
@@ -160,7 +163,8 @@ def open_session(
             transfer=Transfer(device),
             statistics=MovingStatistics(engine.module),
             phases=Phases(device, gathers=engine.stage == 3),
-            criterion=choose_criterion(config, len(vocabulary)),
+            criterion=choose_criterion(config, len(vocabulary), counted.images),
+            counted=counted,
             state=state,
             settings=settings,
             resumed=checkpoint is not None,

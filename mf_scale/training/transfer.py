@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from mf_scale.data.batch import Batch
 from mf_scale.data.collate import cut
 
-_TENSORS = ("images", "segment_map", "labels", "segment_layer")
+_TENSORS = ("images", "segment_map", "labels", "segment_layer", "class_mask")
 
 
 class Transfer:
@@ -45,9 +46,11 @@ class Transfer:
         if self._stream is None:
             return _Copy(part, None, self._device)
         # Pinned memory comes from torch's cache, which gives it out anew only once the copy has been made.
-        pinned = {name: getattr(part, name).pin_memory() for name in _TENSORS}
+        pinned = {name: tensor.pin_memory() for name, tensor in _tensors(part).items()}
         with torch.cuda.stream(self._stream):
-            there = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
+            there: dict[str, Any] = {
+                name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()
+            }
             return _Copy(replace(part, **there), self._stream.record_event(), self._device)
 
 
@@ -62,7 +65,12 @@ class _Copy:
         if self._done is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._done)
-            for name in _TENSORS:
+            for tensor in _tensors(self._batch).values():
                 # Its memory belongs to the copying stream: it must not be given out again while this one reads it.
-                getattr(self._batch, name).record_stream(current)
+                tensor.record_stream(current)
         return self._batch
+
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Those that the batch has."""
+    return {name: tensor for name in _TENSORS if (tensor := getattr(batch, name)) is not None}

@@ -3,6 +3,7 @@
 from mf_scale.unify.counts import unified_counts, with_bands
 from mf_scale.unify.federated import unified_federation
 from mf_scale.unify.merge import LEFT_OUT, Unified, UnifiedSource, unify
+from mf_scale.unify.placing import place
 from mf_scale.unify.statements import Source
 from mf_scale.unify.tables import MergeTable, check_source, read_map
 from mf_scale.unify.words import describe, whole_text
@@ -15,6 +16,7 @@ __all__ = [
     "UnifiedSource",
     "check_source",
     "describe",
+    "place",
     "read_map",
     "unified_counts",
     "unified_federation",

@@ -105,22 +105,26 @@ def unify(
         for label, (named, thing, group) in enumerate(zip(names, things, groups, strict=True))
     ]
     label_of = {member: label for label, group in enumerate(groups) for member in group.members}
+    members = tuple(group.members for group in groups)
     return Unified(
-        Vocabulary(name, tuple(classes)),
+        Vocabulary(name, tuple(classes), members),
         tuple(_way_of(source, label_of, np.array(things)) for source in sources),
-        tuple(group.members for group in groups),
+        members,
     )
 
 
 def _way_of(source: Source, label_of: Mapping[Member, int], things: np.ndarray) -> UnifiedSource:
     own = source.vocabulary
-    labels = np.array(
-        [
-            LEFT_OUT if source.map.get(info.name, info.name) is None else label_of[own.name, info.name]
-            for info in own.classes
-        ],
-        np.int64,
-    )
+    labels = [
+        LEFT_OUT if source.map.get(info.name, info.name) is None else label_of[own.name, info.name]
+        for info in own.classes
+    ]
+    return way_by(source, np.array(labels, np.int64), things)
+
+
+def way_by(source: Source, labels: np.ndarray, things: np.ndarray) -> UnifiedSource:
+    """The way of a source by its labels among the unified classes [K_source]; `things` bool [K]."""
+    own = source.vocabulary
     annotated = labels[labels != LEFT_OUT]
     classes = np.bincount(annotated, minlength=len(things))
     packed_as_things = np.bincount(labels[(labels != LEFT_OUT) & np.array(own.things)], minlength=len(things))

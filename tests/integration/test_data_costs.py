@@ -14,7 +14,8 @@ import pytest
 
 from mf_scale.bench.index_made import write_index
 from mf_scale.data.index import Index
-from mf_scale.data.loader import make_reader, train_steps
+from mf_scale.data.loader import train_steps
+from mf_scale.data.making import make_reader
 from mf_scale.data.order import SampleOrder, positions
 from mf_scale.data.storage import Storage
 from tests.sources import make_source, open_state, small_config

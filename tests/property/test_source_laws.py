@@ -168,10 +168,16 @@ def listed(classes: list[list[int]], num_classes: int = 6) -> Any:
     """What repeats take of an index: the classes of every sample."""
     ends = np.cumsum([0, *map(len, classes)])
     flat = np.array([label for labels in classes for label in labels], np.int32)
+
+    def lists(first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        return ends[first : end + 1] - ends[first], flat[ends[first] : ends[end]]
+
     return SimpleNamespace(
         samples=len(classes),
+        way=None,
         class_counts=lambda: np.bincount(flat, minlength=num_classes).astype(np.int64),
-        class_lists=lambda first, end: (ends[first : end + 1] - ends[first], flat[ends[first] : ends[end]]),
+        class_lists=lists,
+        packed_lists=lists,
     )
 
 
@@ -229,10 +235,16 @@ def test_copies_of_a_large_source_keep_to_one_part_of_memory():
     """A million samples: what is kept grows with the blocks, and one step is read from few of them."""
     samples = 1_000_000
     labels = np.where(np.arange(samples) % 1000 == 0, 1, 0).astype(np.int32)
+
+    def lists(first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(end - first + 1), labels[first:end]
+
     index = SimpleNamespace(
         samples=samples,
+        way=None,
         class_counts=lambda: np.bincount(labels, minlength=2).astype(np.int64),
-        class_lists=lambda first, end: (np.arange(end - first + 1), labels[first:end]),
+        class_lists=lists,
+        packed_lists=lists,
     )
     bounds = block_bounds([1000] * 1000, 128)
     factors = repeat_factors(index, 0.01, bounds)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def test_compiled_and_eager_agree_in_one_graph_for_training_and_one_for_validati
     with torch.no_grad():
         for step in range(2):
             got, expected = (vars(model.eval()(_images(step))) for model in (compiled, eager))
-            names = ("class_logits", "mask_embeddings", "pixel_embeddings")
+            names = ("class_embeddings", "mask_embeddings", "pixel_embeddings")
             assert _worst({n: got[n] for n in names}, {n: expected[n] for n in names}) < 1e-4
     assert counters["stats"]["unique_graphs"] - before == 2 and not counters["graph_break"]
 

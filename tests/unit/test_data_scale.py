@@ -43,10 +43,16 @@ def test_orders_are_those_of_earlier_programs(case):
     samples, generator = sum(shards), np.random.Generator(np.random.PCG64(seed))
     ends = np.concatenate([[0], np.cumsum(generator.integers(0, 5, samples))])
     labels = (30 * generator.random(int(ends[-1])) ** 4).astype(np.int32)
+
+    def lists(first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        return ends[first : end + 1] - ends[first], labels[ends[first] : ends[end]]
+
     source: Any = SimpleNamespace(
         samples=samples,
+        way=None,
         class_counts=lambda: np.bincount(labels, minlength=30).astype(np.int64),
-        class_lists=lambda first, end: (ends[first : end + 1] - ends[first], labels[ends[first] : ends[end]]),
+        class_lists=lists,
+        packed_lists=lists,
     )
     repeats = repeat_factors(source, threshold, block_bounds(shards, case["block"])) if threshold else None
     length = repeats.length if repeats else samples

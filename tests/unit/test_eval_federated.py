@@ -20,6 +20,7 @@ from mf_scale.evaluation.results import results_table
 from mf_scale.evaluation.runner import evaluate
 from mf_scale.models.outputs import MaskPrediction
 from mf_scale.vocabulary import ClassInfo, Vocabulary
+from tests.random_batches import said_outright
 from tests.unit.packed_formats import pack
 from tests.unit.painted import painted_config
 from tests.unit.test_format_lvis import make_tree
@@ -43,7 +44,7 @@ class Guessing(nn.Module):
         cells = F.avg_pool2d(images.float(), self.stride, ceil_mode=True).shape[-2:]
         upper = torch.full((1, 2, *cells), 8.0)
         upper[:, 0, cells[0] // 2 :] = -8.0
-        return MaskPrediction(self.logits, torch.eye(2)[None], upper)
+        return said_outright(self.logits, torch.eye(2)[None], upper)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from mf_scale.evaluation.per_pixel import per_pixel_semantic
 from mf_scale.evaluation.views import covered, inference_size, window_starts
 from mf_scale.models.build import build_model
 from mf_scale.models.outputs import MaskPrediction, PixelPrediction
+from tests.random_batches import said_outright
 from tests.unit.painted import COLORS, ColorModel, painted_config
 
 SAMPLE = Path(__file__).parents[2] / "data_tools" / "sample" / "coco_panoptic" / "val"
@@ -53,7 +54,7 @@ class Texture(nn.Module):
         pixels = F.conv2d(pooled, self.filters, padding=2)
         if self.kind == "per_pixel":
             return PixelPrediction(self.embeddings, pixels, self.bias)
-        return MaskPrediction(self.said, self.embeddings, pixels)
+        return said_outright(self.said, self.embeddings, pixels)
 
 
 @pytest.fixture(scope="module", params=["mask_classification", "per_pixel"])

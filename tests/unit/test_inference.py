@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mf_scale.evaluation.inference import Instances, instance, panoptic, semantic
 from mf_scale.models.outputs import MaskPrediction
+from tests.random_batches import said_outright
 
 HIGH = 12.0
 
@@ -29,14 +30,14 @@ def _random(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    return MaskPrediction(
+    return said_outright(
         3 * normal(images, queries, classes + 1), normal(images, queries, 4), 2 * normal(images, 4, *grid)
     )
 
 
 def _from_masks(class_logits: list[list[float]], mask_logits: Tensor) -> MaskPrediction:
     """A prediction whose mask logits are exactly `mask_logits` [Q,h,w]."""
-    return MaskPrediction(
+    return said_outright(
         torch.tensor([class_logits]), torch.eye(len(mask_logits))[None], mask_logits[None].to(torch.float32)
     )
 
@@ -150,7 +151,7 @@ def test_stuff_of_one_class_is_merged_and_things_are_not() -> None:
 def test_the_object_threshold_acts() -> None:
     masks = torch.tensor([_halves(HIGH, -HIGH), _halves(-HIGH, HIGH)])
     prediction = _from_masks([[0.7, 0.3], [0.6, 0.4]], masks)
-    prediction.class_logits = torch.tensor([[[0.7, 0.3], [0.6, 0.4]]]).log()
+    prediction.class_embeddings = torch.tensor([[[0.7, 0.3], [0.6, 0.4]]]).log()
     counts = [len(panoptic(prediction, (2, 4), [True], t, 0.0)[0][1]) for t in (0.55, 0.65, 0.75)]
     assert counts == [2, 1, 0]
 
@@ -178,7 +179,7 @@ def test_half_precision_predictions_are_taken_in_fp32() -> None:
 
 
 def _cast(prediction: MaskPrediction, dtype: torch.dtype) -> MaskPrediction:
-    return MaskPrediction(
+    return said_outright(
         prediction.class_logits.to(dtype), prediction.mask_embeddings.to(dtype), prediction.pixel_embeddings.to(dtype)
     )
 
@@ -342,7 +343,7 @@ class TestAgainstTransformers:
         threshold instead of as much, and counts its ids on from a fused segment's, so that two segments may share one.
         """
         prediction = _random(seed, queries=12)
-        prediction.class_logits *= 3
+        prediction.class_embeddings *= 3
         prediction.pixel_embeddings *= 30
         theirs = processor.post_process_panoptic_segmentation(
             _outputs(prediction), threshold=0.6, overlap_mask_area_threshold=0.3, label_ids_to_fuse=set()

@@ -17,7 +17,7 @@ from mf_scale.losses.mask_loss import mask_loss
 from mf_scale.losses.reference import reference_loss
 from mf_scale.matching.cost import pairwise_cost
 from mf_scale.matching.hungarian import match
-from mf_scale.models.outputs import MaskPrediction
+from mf_scale.models.outputs import Classifier
 from tests.random_batches import CLASSES, as_embeddings, leaves, part, random_batch, random_prediction
 
 
@@ -30,7 +30,7 @@ def _gradients(total, prediction):
 
 
 def _check_against_reference(prediction, batch, ignored_pixels="negative"):
-    criterion, queries = _criterion(ignored_pixels), prediction.class_logits.shape[1]
+    criterion, queries = _criterion(ignored_pixels), prediction.class_embeddings.shape[1]
     normalisers = Normalisers(*target_totals(batch, queries, 0.1))
     got = criterion(prediction, batch, normalisers)
     wanted = reference_loss(
@@ -69,23 +69,25 @@ def test_terms_by_layer_are_those_of_a_prediction_of_that_layer_alone(points):
     if points:
         return  # which points are drawn depends on the pairs of all layers
     for number, layer in enumerate(prediction.layers()):
-        alone = MaskPrediction(layer.class_logits, layer.mask_embeddings, prediction.pixel_embeddings)
+        alone = replace(prediction, **vars(layer), aux=())
         for name, term in criterion(alone, batch, normalisers).terms.items():
             torch.testing.assert_close(got.layers[name][number], term, msg=f"{name} of layer {number}")
 
 
-def test_the_class_loss_is_torchs_cross_entropy_to_the_bit():
+def test_the_class_loss_is_torchs_cross_entropy():
     logits = torch.randn(2, 3, 5, CLASSES + 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
     batch, prediction = random_batch([3, 5]), random_prediction(2, layers=3, dtype=torch.float32)
     criterion = _criterion()
     pairs = match(pairwise_cost(prediction, batch, criterion.matching, criterion.loss), batch, "strict")
-    total, _ = criterion._class_loss(logits, pairs, 0.3)
+    total, layers = criterion._class_loss(logits, Classifier(torch.eye(CLASSES + 1)), pairs, 0.3, batch)
     weight = torch.full((CLASSES + 1,), 0.3)
     weight[-1] = 0.3 * criterion.loss.no_object_weight
     targets = pairs.labels.flatten().remainder(CLASSES + 1)
     wanted = F.cross_entropy(logits.flatten(0, 2), targets, weight, reduction="sum")
-    assert torch.equal(total, wanted)
-    assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (total, wanted)))
+    torch.testing.assert_close(total, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layers.sum(), wanted.detach(), rtol=1e-6, atol=0)
+    got, right = (torch.autograd.grad(value, logits)[0] for value in (total, wanted))
+    torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
 
 
 def test_no_segment_gives_class_loss_and_exactly_no_mask_loss():

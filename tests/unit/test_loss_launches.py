@@ -50,10 +50,10 @@ def counted(monkeypatch) -> Iterator[Counter[str]]:
     """Counts with Triton's functions replaced by stubs: tensors of their shapes, counted as their launches."""
     count = Count()
 
-    def cost(class_logits, mask_embeddings, pixels, segment_map, segment_layer, labels, weights):
+    def cost(probability, mask_embeddings, pixels, segment_map, segment_layer, weights):
         count.found["triton"] += TRITON_LAUNCHES
         with torch._C._DisableTorchDispatch():  # finite costs, at no launch
-            return tuple(torch.rand(4, *mask_embeddings.shape[:2], labels.shape[1]).unbind())
+            return tuple(torch.rand(4, *probability.shape).unbind())
 
     def loss(logits, segment_map, segments, layers, counts, settings, *, want_gradient):
         # Else the kernels' wrapper would copy them, a launch each.
@@ -95,18 +95,21 @@ def test_matching_cost_and_mask_loss_start_under_twenty_kernels(monkeypatch, cop
 
     Counted: every operator of torch that is neither a view nor a bare allocation, as one kernel (those that are used
     here are one each on CUDA), and three for each Triton function. Not counted: the two copies between host and device,
-    which are looked at apart; the class loss, with the stacking of its logits; and what puts the two losses together
-    and reports them, which `test_the_whole_criterion` holds.
+    which are looked at apart; the class terms of cost and loss, with the stacking of their embeddings; and what puts
+    the two losses together and reports them, which `test_the_whole_criterion` holds.
     """
+    with torch.no_grad():
+        probability = torch.rand(3, 4 * 5, 5)
+    monkeypatch.setattr(cost_room, "class_probabilities", lambda *_: probability)
     batch, prediction = random_batch([3, 5, 0]), random_prediction(3, layers=4, dtype=torch.float32)
     config, matching = LossConfig(), MatchingConfig()
     criterion = Criterion(config, matching, CLASSES, 5)
-    embeddings = [*leaves(prediction)[1::2], prediction.pixel_embeddings]
+    embeddings = [*(layer.mask_embeddings for layer in prediction.layers()), prediction.pixel_embeddings]
     given = torch.ones(())
     copies.clear()
     with counted(monkeypatch) as found:
         stacked = prediction.stacked()
-        found["stack"] -= 1  # the class logits'
+        found["stack"] -= 1  # the class embeddings'
         pairs = match(pairwise_cost(prediction, batch, matching, config, stacked), batch, "strict")
         loss = criterion._mask_loss(stacked.mask_embeddings, prediction.pixel_embeddings, batch, pairs)
         forward = found.total()
@@ -117,12 +120,14 @@ def test_matching_cost_and_mask_loss_start_under_twenty_kernels(monkeypatch, cop
 
 
 def test_the_whole_criterion(monkeypatch, copies):
-    """With the class loss (8 with the stack), the sum of both (2) and the terms reported (4), also by layer (11)."""
+    """Also the class term of the cost (4), the class loss with the products of the class head (20 with the stack), the
+    sum of both losses (2) and the terms reported (4), also by layer (11).
+    """
     batch, prediction = random_batch([3, 5, 0]), random_prediction(3, layers=4, dtype=torch.float32)
     criterion, given = Criterion(LossConfig(), MatchingConfig(), CLASSES, 5), torch.ones(())
     copies.clear()
     with counted(monkeypatch) as found:
         total = criterion(prediction, batch, Normalisers(8, 9)).total
         torch.autograd.grad(total, leaves(prediction), given)
-    assert found.total() < 20 + 8 + 2 + 4 + 11, (found.total(), found)
+    assert found.total() < 20 + 4 + 20 + 2 + 4 + 11, (found.total(), found)
     assert copies == COPIES

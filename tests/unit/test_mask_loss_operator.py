@@ -133,9 +133,9 @@ def test_tf32_is_set_for_the_product_alone(before):
     torch.set_float32_matmul_precision(before)
     try:
         set_before = matmul.fp32_precision, matmul.allow_tf32
-        with operator._tf32(False):
+        with operator.tf32(False):
             assert (matmul.fp32_precision, matmul.allow_tf32) == set_before
-        with pytest.raises(ArithmeticError), operator._tf32(True):
+        with pytest.raises(ArithmeticError), operator.tf32(True):
             assert matmul.fp32_precision == "tf32"
             raise ArithmeticError
         assert (matmul.fp32_precision, matmul.allow_tf32) == set_before

@@ -49,7 +49,9 @@ def test_costs_equal_the_plain_statement_and_assignments_are_the_cheapest(ignore
     for s, layer in enumerate(prediction.layers()):
         mask_logits = torch.einsum("bqc,bchw->bqhw", layer.mask_embeddings, prediction.pixel_embeddings)
         for b, count in enumerate((3, 0, 5, 8)):
-            dense = matching_cost(layer.class_logits[b], mask_logits[b], batch, b, weights, loss).detach()
+            dense = matching_cost(
+                prediction.classifier.logits(layer.class_embeddings[b]), mask_logits[b], batch, b, weights, loss
+            ).detach()
             torch.testing.assert_close(cost.total[b, s, :, :count], dense)
             assert pairs[b][s] == set(zip(*(x.tolist() for x in solve(dense.numpy())), strict=True))
     assert matching.counts.tolist() == [6, 0, 10, 10] and matching.matched == 13 and matching.surplus == 3
@@ -109,7 +111,7 @@ def test_more_than_255_segments_and_the_last_class(kernels, dtype):
     cost = pairwise_cost(prediction, batch, MatchingConfig(), loss)
     for layer, terms in enumerate(prediction.layers()):
         mask_logits = torch.einsum("bqc,bchw->bqhw", terms.mask_embeddings, prediction.pixel_embeddings)
-        rows = (terms.class_logits[0, :3], mask_logits[0, :3])
+        rows = (prediction.classifier.logits(terms.class_embeddings[0, :3]), mask_logits[0, :3])
         dense = matching_cost(*rows, batch, 0, MatchingConfig(), loss).detach()
         torch.testing.assert_close(cost.total[0, layer, :3], dense, rtol=2e-5, atol=2e-6)
     matching = match(cost, batch, "strict")
@@ -183,7 +185,7 @@ def test_embeddings_that_are_not_finite_are_named(kernels, bad, where, ignored_p
         elif where == "mask":
             prediction.aux[0].mask_embeddings[1, 2:4] = bad
         else:
-            prediction.aux[0].class_logits[1, 2:4] = bad
+            prediction.aux[0].class_embeddings[1, 2:4] = bad
     loss = LossConfig(kernels=kernels, ignored_pixels=ignored_pixels)
     cost = pairwise_cost(prediction, batch, MatchingConfig(), loss)
     with caplog.at_level(logging.WARNING):

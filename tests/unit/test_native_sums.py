@@ -14,7 +14,7 @@ from mf_scale.data.batch import IGNORE, Batch
 from mf_scale.kernels.choose import why_not
 from mf_scale.kernels.native import BLOCK, PairSums
 from mf_scale.matching.cost import PairwiseCost, pairwise_cost
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction
 from tests.random_batches import random_batch, random_prediction
 
 pytestmark = pytest.mark.skipif(
@@ -29,11 +29,11 @@ def _cost(kernels: str, prediction: MaskPrediction, batch: Batch, ignored="negat
 
 
 def _double(prediction: MaskPrediction) -> MaskPrediction:
-    layers = [LayerPrediction(x.class_logits.double(), x.mask_embeddings.double()) for x in prediction.layers()]
-    last = layers[-1]
-    return MaskPrediction(
-        last.class_logits, last.mask_embeddings, prediction.pixel_embeddings.double(), tuple(layers[:-1])
-    )
+    layers = [LayerPrediction(x.class_embeddings.double(), x.mask_embeddings.double()) for x in prediction.layers()]
+    last, classifier = layers[-1], Classifier(prediction.classifier.weight.double())
+    classifier.bias = None if prediction.classifier.bias is None else prediction.classifier.bias.double()
+    pixels = prediction.pixel_embeddings.double()
+    return MaskPrediction(last.class_embeddings, last.mask_embeddings, pixels, classifier, tuple(layers[:-1]))
 
 
 def _compare(prediction: MaskPrediction, batch: Batch, ignored="negative", gamma=2.0) -> None:
@@ -125,9 +125,13 @@ def _with_threads(count: int, work):
 def test_threads_change_no_bit():
     """With embeddings of small whole numbers the product is exact however it is cut; the rest is the kernels'."""
     batch, prediction = random_batch([15], (96, 96)), random_prediction(1, queries=100, size=(96, 96))
-    layers = [LayerPrediction(x.class_logits.float(), x.mask_embeddings.round().float()) for x in prediction.layers()]
+    layers = [
+        LayerPrediction(x.class_embeddings.float(), x.mask_embeddings.round().float()) for x in prediction.layers()
+    ]
     pixels = prediction.pixel_embeddings.mul(4).round().div(8).float()
-    rounded = MaskPrediction(layers[-1].class_logits, layers[-1].mask_embeddings, pixels, tuple(layers[:-1]))
+    classifier = Classifier(prediction.classifier.weight.float())
+    last, aux = layers[-1], tuple(layers[:-1])
+    rounded = MaskPrediction(last.class_embeddings, last.mask_embeddings, pixels, classifier, aux)
     costs = [_with_threads(count, lambda: _cost("native", rounded, batch)) for count in (1, 2, 3)]
     for name in ("focal", "dice", "total"):
         assert torch.equal(getattr(costs[0], name), getattr(costs[1], name)), name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mf_scale.models.outputs import LayerPrediction, MaskPrediction
+from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction
 from mf_scale.training.replay.nonfinite import FirstModule, all_finite, backward_with_anomaly_detection
 
 
@@ -62,8 +62,11 @@ def test_values_are_found_wherever_they_are():
     assert all_finite([torch.ones(2), {"a": Held([torch.ones(1)])}, torch.tensor([2]), torch.ones(0), None, "nan"])
     for held in (bad, [bad], {"a": bad}, Held([bad]), (1, [Held([torch.ones(1), bad])])):
         assert not all_finite(held)
-    prediction = MaskPrediction(torch.ones(1), torch.ones(1), torch.ones(1), (LayerPrediction(torch.ones(1), bad),))
-    assert not all_finite(prediction)
+    good, sound = torch.ones(1), Classifier(torch.ones(1))
+    aux, classifier = (LayerPrediction(good, bad),), Classifier(good, bad)
+    assert all_finite(MaskPrediction(good, good, good, sound))
+    assert not all_finite(MaskPrediction(good, good, good, sound, aux))
+    assert not all_finite(MaskPrediction(good, good, good, classifier))
 
 
 def test_the_operator_of_the_backward_pass_is_named_with_the_line_that_made_it():

@@ -142,7 +142,7 @@ def test_cost_compiles_to_three_transcendentals_a_logit_in_the_shared_memory(
     from mf_scale.kernels import triton_cost_kernels as kernels
 
     embedding = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-    tensors = dict.fromkeys(("inside", "whole", "areas", "costs", "class_logits"), "*fp32")
+    tensors = dict.fromkeys(("inside", "whole", "areas", "costs", "probability"), "*fp32")
     tensors |= {"queries": embedding, "features": embedding, "maps": "*i16", "segment_map": "*i16"}
     tensors |= {"segment_layer": "*i64", "labels": "*i64"}
     floats = {"alpha", "class_weight", "focal_weight", "dice_weight"}
@@ -154,9 +154,9 @@ def test_cost_compiles_to_three_transcendentals_a_logit_in_the_shared_memory(
     assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
     if segments == 15:
         assert stack_bytes(compiled, tmp_path) == 0, "registers are spilled to memory"
-        assert compile_for_gpu(
-            kernels.cost_finish, tensors, floats, {"BK": 256, "BT": 16, "N": 1, "enable_fp_fusion": True}
-        ).asm["cubin"]
+        assert compile_for_gpu(kernels.cost_finish, tensors, floats, {"BT": 16, "N": 1, "enable_fp_fusion": True}).asm[
+            "cubin"
+        ]
         assert compile_for_gpu(
             kernels.cost_maps, tensors, floats, {"BLOCK": 1024, "w": 1, "enable_fp_fusion": True}
         ).asm["cubin"]

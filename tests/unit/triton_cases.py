@@ -175,8 +175,7 @@ def no_pair(device: str) -> None:
 
 
 def by_cost_kernels(arguments: list[Tensor], weights: CostWeights, device: str) -> tuple[Tensor, ...]:
-    class_logits, queries, pixels, segment_map, segment_layer, labels = (argument.to(device) for argument in arguments)
-    return pairwise_cost(class_logits, queries, pixels, segment_map, segment_layer, labels, weights)
+    return pairwise_cost(*(argument.to(device) for argument in arguments), weights)
 
 
 def compare_cost(
@@ -206,8 +205,9 @@ def compare_cost(
         keys=["image"] * B,
     )
     weights = CostWeights(1.5, 20.0, 1.0, alpha=0.25, gamma=gamma, exclude=exclude)
-    arguments = [class_logits.flatten(1, 2), queries.flatten(1, 2), pixels]
-    arguments += [batch.segment_map.to(torch.uint8 if byte else torch.int16), batch.segment_layer, batch.labels]
+    labels = batch.labels[:, None].expand(B, S * Q, segments)
+    arguments = [class_logits.flatten(1, 2).float().softmax(-1).gather(2, labels), queries.flatten(1, 2), pixels]
+    arguments += [batch.segment_map.to(torch.uint8 if byte else torch.int16), batch.segment_layer]
     got, again = (by_cost_kernels(arguments, weights, device) for _ in range(2))
     loss = LossConfig(focal_gamma=gamma, ignored_pixels="exclude" if exclude else "negative")
     logits = torch.einsum("bsqc,bchw->bsqhw", queries.double(), pixels.double())
@@ -232,8 +232,8 @@ def cost_of_layers(device: str) -> None:
 def cost_of_any_count(device: str) -> None:
     compare_cost((1, 2, 3, 8, 6, 9), (24, 36), 300, exclude=True, classes=40, device=device)
     compare_cost((1, 1, 1, 1, 1, 1), (2, 3), 1, device=device)
-    nothing = [torch.zeros(shape) for shape in ((1, 4, 3), (1, 4, 2), (1, 2, 2, 2))]
-    nothing += [torch.zeros(1, 1, 4, 4, dtype=torch.int16), *torch.zeros(2, 1, 0, dtype=torch.int64)]
+    nothing = [torch.zeros(shape) for shape in ((1, 4, 0), (1, 4, 2), (1, 2, 2, 2))]
+    nothing += [torch.zeros(1, 1, 4, 4, dtype=torch.int16), torch.zeros(1, 0, dtype=torch.int64)]
     weights = CostWeights(1.0, 20.0, 1.0, alpha=0.25, gamma=2.0, exclude=False)
     empty = by_cost_kernels(nothing, weights, device)
     assert [term.shape for term in empty] == [(1, 4, 0)] * 4
@@ -258,13 +258,13 @@ def cost_not_finite(device: str) -> None:
         queries[0, 1, 2] = bad
         segment_map = torch.zeros(1, 1, 3, 3, dtype=torch.int16)
         segment_map[0, 0, 0] = IGNORE
-        labels, class_logits = torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 3, 3, generator=g)
-        arguments = [class_logits, queries, pixels, segment_map, labels, labels]
+        layers, probability = torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 3, 2, generator=g)
+        arguments = [probability, queries, pixels, segment_map, layers]
         weights = CostWeights(1.0, 20.0, 1.0, alpha=0.25, gamma=2.0, exclude=True)
         total = by_cost_kernels(arguments, weights, device)[3]
         assert total.isfinite().all(dim=2).tolist() == [[True, False, True]], bad
-    class_logits[0, 2, 1] = float("nan")
-    arguments = [class_logits, torch.rand(1, 3, 4, generator=g), *arguments[2:]]
+    probability[0, 2, 1] = float("nan")
+    arguments = [probability, torch.rand(1, 3, 4, generator=g), *arguments[2:]]
     total = by_cost_kernels(arguments, weights, device)[3]
     assert total.isfinite().all(dim=2).tolist() == [[True, True, False]]
 

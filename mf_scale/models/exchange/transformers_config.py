@@ -46,6 +46,8 @@ def expressible(config: ModelConfig) -> ResNet | Swin:
         problems.append(f"model.pixel_decoder.encoder_layers = {config.pixel_decoder.encoder_layers} (it has none)")
     if config.pixel_decoder.width % _GROUPS:
         problems.append(f"model.pixel_decoder.width = {config.pixel_decoder.width} (not a multiple of {_GROUPS})")
+    if config.class_embeddings is not None:
+        problems.append(f"model.class_embeddings = {config.class_embeddings} (its class head is linear)")
     if config.decoder.pre_norm:
         problems.append("model.decoder.pre_norm = true (it normalises after the sum)")
     if problems or backbone is None:

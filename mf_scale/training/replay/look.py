@@ -15,6 +15,7 @@ from mf_scale.distributed.gradients import LossScale
 from mf_scale.errors import GuardError
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.terms import StepLoss
+from mf_scale.training.class_rows import class_images
 from mf_scale.training.initial import initial_model
 from mf_scale.training.optimizer import parameter_groups
 from mf_scale.training.precision import set_numerics
@@ -68,7 +69,7 @@ def replay(plan: ReplayPlan, device: torch.device, *, catching_up: bool, done: C
     set_numerics(plan.config, device)
     model, _ = initial_model(plan.config, plan.sources[0].vocabulary, plan.checkpoint)
     model.to(device).train()
-    criterion = choose_criterion(plan.config, len(plan.sources[0].vocabulary))
+    criterion = choose_criterion(plan.config, len(plan.sources[0].vocabulary), class_images(plan.sources))
     loss_scale = LossScale(device, dynamic=plan.config.train.precision == "fp16")
     if plan.loss_scale is not None:
         loss_scale.load(plan.loss_scale)

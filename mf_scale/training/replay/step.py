@@ -14,7 +14,7 @@ from mf_scale.losses.terms import StepLoss
 from mf_scale.training.seeding import seed_model
 from mf_scale.training.step import disturbed
 
-_TENSORS = ("images", "segment_map", "labels", "segment_layer")
+_TENSORS = ("images", "segment_map", "labels", "segment_layer", "class_mask")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def micro_batches(batch: Batch, *, world: int, size: int) -> Iterator[MicroBatch
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    tensors = {name: getattr(batch, name)[rows].contiguous() for name in _TENSORS}
+    given = {name: getattr(batch, name) for name in _TENSORS}
+    tensors = {name: tensor[rows].contiguous() for name, tensor in given.items() if tensor is not None}
     return replace(batch, **tensors, keys=batch.keys[rows], events=[])
 
 
