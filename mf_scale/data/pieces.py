@@ -1,8 +1,9 @@
 """Pieces: stretches of remote shards as local files, shared by all processes of a node and bounded over all of them.
 
 A piece lies in FOLDER/mf_scale-pieces/SHA256-OF-THE-SHARD/NUMBER: its bytes, then a crc32 of each page. The name says
-the content: a shard that was packed again has other names, and reading needs no lock. Storing takes the ledger's lock;
-the ledger holds how many bytes there are, so only the store that would pass the bound looks at the files.
+the content: a shard that was packed again has other names, and reading needs no lock. Files are made and get
+their name under the ledger's lock; the ledger holds how many bytes there are, so only the store that would pass the
+bound looks at the files.
 """
 
 from __future__ import annotations
@@ -139,18 +140,28 @@ class PieceCache:
                 view = memoryview(content)
                 while view:
                     view = view[file.write(view) :]
-                partial.replace(path)
+                self._name(partial, path)  # while it is held, so that nobody takes it for a dead writer's
         except OSError as error:
             self._refused(error, partial, len(content))
+
+    def _name(self, partial: Path, path: Path) -> None:
+        """Under the lock: whoever lists the files meanwhile could meet neither name and count it as none."""
+        with self._ledger.locked() as entry:
+            if entry is not None:
+                partial.replace(path)
+                return
+        partial.unlink(missing_ok=True)  # stays counted until the files are listed again
+        self._pause("is busy: its lock was not to be had")
 
     def _refused(self, error: OSError, partial: Path, size: int) -> None:
         """The disk took no more: no process stores for a while, and the first to say so notes it for all."""
         first = True
         with contextlib.suppress(OSError), self._ledger.locked() as entry:
+            counted = size if partial.exists() else 0  # whoever made room meanwhile took it for a dead writer's
             partial.unlink(missing_ok=True)
             if entry is not None:
                 first = time.time() >= entry.paused_until
-                entry.held = None if entry.held is None else max(0, entry.held - size)
+                entry.held = None if entry.held is None else max(0, entry.held - counted)
                 entry.paused_until = time.time() + PAUSE_SECONDS
                 self._ledger.write(entry)
         self._pause(f"cannot be written: {error}", quiet=not first)

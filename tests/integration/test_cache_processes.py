@@ -59,12 +59,12 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def counted(folder: Path) -> int:
-    """Bytes of all files while nobody adds or removes one; a piece that gets its name meanwhile counts once."""
+    """Bytes of all files, those that are being written too, while nobody adds, names or removes one."""
     if not (folder / HOME / "ledger").exists():
         return 0
     with Ledger(folder / HOME / "ledger").locked() as entry:
         assert entry is not None
-        return sum({name.partition(".")[0]: size for name, size in sizes(folder).items()}.values())
+        return sum(sizes(folder).values())
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import pytest
 
 from mf_scale.errors import EXIT_GUARD
 from mf_scale.rundir import RunDir, checkpoint_damage, committed_checkpoints
-from tests.integration.program import Run
+from tests.integration.program import ONE_THREAD, Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 STEPS = 8
@@ -71,7 +71,7 @@ def started(run: Run, restart: int, fault: str, processes: int) -> Iterator[subp
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **ONE_THREAD, **environment},  # as `whole`: sums on more threads round otherwise
     )
     try:
         yield child

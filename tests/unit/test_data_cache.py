@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import pickle
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -197,6 +198,56 @@ def test_what_a_dead_writer_left_goes_and_what_a_living_one_writes_stays(setting
     cache.store(SHA, 3, DATA[:PIECE])
     assert list(kept(settings)) == ["a000000", "a000002", "a000003"] and held(settings) == 3 * KEPT
     assert (folder.parent / "notes.txt").exists()
+
+
+def test_a_piece_that_gets_its_name_while_room_is_made_is_counted(settings, monkeypatch):
+    """Its writer waits: between the listing and the look at who still writes, neither name would be met."""
+    cache, other = (PieceCache(CacheSettings(settings.folder, 5 * KEPT)) for _ in range(2))
+    for number in range(4):
+        cache.store(SHA, number, DATA[:PIECE])
+    path, real, writers = cache._path(SHA, 4), PieceCache._files, []
+    reserved = cache._reserve(path, KEPT)
+    assert reserved
+
+    def files(cache):
+        found = list(real(cache))
+        writers.append(threading.Thread(target=cache._write, args=(reserved, path, bytes(KEPT))))
+        writers[0].start()
+        writers[0].join(0.3)
+        return found
+
+    monkeypatch.setattr(PieceCache, "_files", files)
+    other.store(SHA, 5, DATA[:PIECE])
+    writers[0].join(10)
+    assert list(kept(settings)) == ["a000002", "a000003", "a000004", "a000005"]
+    assert held(settings) == 4 * KEPT
+
+
+def test_a_piece_whose_writer_finds_no_lock_is_not_kept(settings, monkeypatch, caplog):
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.1)
+    cache = PieceCache(settings)
+    cache.store(SHA, 0, DATA[:PIECE])
+    path = cache._path(SHA, 1)
+    reserved = cache._reserve(path, KEPT)
+    assert reserved
+    with Path(settings.folder, pieces.HOME, "ledger").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache._write(reserved, path, bytes(KEPT))
+    assert list(kept(settings)) == ["a000000"] and "lock was not to be had" in caplog.text
+
+
+def test_what_was_taken_for_a_dead_writers_is_not_subtracted_twice(settings):
+    """The disk refused; before its writer could say so another made room, and removed what it left."""
+    cache = PieceCache(settings)
+    for number in range(3):
+        cache.store(SHA, number, DATA[:PIECE])
+    reserved = cache._reserve(cache._path(SHA, 3), KEPT)
+    assert reserved
+    os.close(reserved[0])
+    Path(settings.folder, pieces.HOME, "ledger").write_bytes(b"spoilt")
+    PieceCache(settings).store(SHA, 4, DATA[:PIECE])
+    cache._refused(OSError(errno.ENOSPC, "No space left on device"), reserved[1], KEPT)
+    assert list(kept(settings)) == ["a000000", "a000001", "a000002", "a000004"] and held(settings) == 4 * KEPT
 
 
 def test_a_full_disk_is_noted_once_for_all_and_read_around(url, settings, monkeypatch, caplog):
