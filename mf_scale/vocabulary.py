@@ -112,6 +112,8 @@ class Vocabulary:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError("the vocabulary file does not exist", where=str(path), remedy="Check the path.") from error
+        except OSError as error:
+            raise UserError(f"the vocabulary file cannot be read: {error.strerror}", where=str(path)) from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"the vocabulary file is not JSON: {error}", where=str(path)) from error
         return Vocabulary.from_dict(data, where=str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from mf_scale.bench.inputs import Shape, make_inputs
 from mf_scale.bench.launches import count_launches, count_syncs
 from mf_scale.bench.memory import peak_over_inputs
 from mf_scale.bench.table import table
+from mf_scale.bench.timing import timed
 from mf_scale.errors import UserError
 from mf_scale.models.outputs import MaskPrediction
 
@@ -67,30 +67,20 @@ def _times(contestant: Contestant, prediction: MaskPrediction, device: torch.dev
     times = {}
     if contestant.stages is not None:
         parts, own = contestant.stages, leaf_copy(prediction)
-        times["cost_ms"], cost = _timed(lambda: parts.cost(own), device)
-        times["solve_ms"], pairs = _timed(lambda: parts.solve(cost), device)
-        times["loss_ms"], _ = _timed(lambda: parts.loss(own, pairs), device)
+        times["cost_ms"], cost = timed(lambda: parts.cost(own), device)
+        times["solve_ms"], pairs = timed(lambda: parts.solve(cost), device)
+        times["loss_ms"], _ = timed(lambda: parts.loss(own, pairs), device)
         del cost, pairs
     elif contestant.matching is not None:
         matching = contestant.matching
-        times["matching_ms"], _ = _timed(lambda: matching(prediction), device)
+        times["matching_ms"], _ = timed(lambda: matching(prediction), device)
     own = leaf_copy(prediction)
-    times["forward_ms"], total = _timed(lambda: contestant.loss(own), device)
-    times["backward_ms"], _ = _timed(lambda: torch.autograd.grad(total, leaves(own)), device)
+    times["forward_ms"], total = timed(lambda: contestant.loss(own), device)
+    times["backward_ms"], _ = timed(lambda: torch.autograd.grad(total, leaves(own)), device)
     times["total_ms"] = times["forward_ms"] + times["backward_ms"]
     if contestant.stages is not None:
         times["without_solve_ms"] = times["cost_ms"] + times["loss_ms"] + times["backward_ms"]
     return times
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3, result
 
 
 def _work(contestant: Contestant, prediction: MaskPrediction) -> Callable[[], None]:

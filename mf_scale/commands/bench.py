@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mf_scale.commands.arguments import add_command, count
+from mf_scale.commands.arguments import OVERRIDES, add_command, count
 
 
 def add(commands: Any) -> None:
@@ -14,9 +14,11 @@ def add(commands: Any) -> None:
     parts = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     parts = parts.add_subparsers(metavar="PART", required=True)
     _add_loss(parts)
+    _add_classes(parts)
     _add_save(parts)
     _add_data(parts)
     _add_index(parts)
+    _add_claim(parts)
 
 
 def _add_loss(parts: Any) -> None:
@@ -35,6 +37,28 @@ def _add_loss(parts: Any) -> None:
     )
     command.add_argument("--threads", type=count, metavar="N", help="threads on a CPU (default: torch's)")
     command.add_argument("--reference", action="store_true", help="measure the plain reference too (slow)")
+    command.add_argument("--json", metavar="FILE", help="write all numbers there")
+
+
+def _add_classes(parts: Any) -> None:
+    command = add_command(
+        parts, "classes", "class terms of a step and semantic inference, by the number of classes", _run_classes
+    )
+    command.add_argument(
+        "--classes", type=count, nargs="+", default=[133, 847], metavar="K", help="to measure (default: 133 847)"
+    )
+    _add_counts(
+        command,
+        ("images", 16, "images of the step"),
+        ("layers", 6, "supervised decoder layers"),
+        ("queries", 100, "queries"),
+        ("segments", 20, "segments of each image of the step"),
+        ("width", 256, "channels of all embeddings"),
+        ("size", 512, "height and width of the image that is segmented"),
+        ("budget", 64, "MiB for inference, as eval.memory_budget"),
+        ("repeats", 3, "rounds, alternating between the ways, after one that warms up"),
+    )
+    command.add_argument("--threads", type=count, metavar="N", help="threads on a CPU (default: torch's)")
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
@@ -82,6 +106,31 @@ def _add_index(parts: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write all numbers there")
 
 
+def _add_claim(parts: Any) -> None:
+    text = "per-pixel, per-pixel+ and mask classification, trained and evaluated alike, several seeds"
+    command = add_command(parts, "claim", text, _run_claim)
+    command.add_argument("config", metavar="CONFIG", help="for example configs/experiments/claim.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    command.add_argument("--folder", metavar="DIR", required=True, help="the experiment's; the same command goes on")
+    command.add_argument(
+        "--source", metavar="DIR", action="append", required=True, help="packed source; several are taken together"
+    )
+    command.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds to train (default: 0 1 2)"
+    )
+    command.add_argument(
+        "--rates", type=float, nargs="+", default=[], metavar="LR", help="other learning rates to try, first seed"
+    )
+    _add_counts(
+        command,
+        ("held-out", 100, "images that are not trained on but evaluated, other ones with each seed"),
+        ("rare", 2, "training images up to which a class is rare"),
+        ("common", 5, "training images up to which a class is common"),
+        ("processes", 1, "ranks on this machine"),
+        ("minutes", 120, "that one training or evaluation may take"),
+    )
+
+
 def _add_counts(command: argparse.ArgumentParser, *arguments: tuple[str, int, str]) -> None:
     for name, default, text in arguments:
         command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (default: {default})")
@@ -97,6 +146,19 @@ def _run_loss(options: argparse.Namespace, _: list[str]) -> int:
         torch.set_num_threads(options.threads)
     shape = Shape(**{name: getattr(options, name) for name in Shape.__dataclass_fields__})
     print(bench_loss(shape, repeats=options.repeats, reference=options.reference, json_file=options.json))
+    return 0
+
+
+def _run_classes(options: argparse.Namespace, _: list[str]) -> int:
+    import torch
+
+    from mf_scale.bench.class_ways import Sizes
+    from mf_scale.bench.classes import bench_classes
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
+    print(bench_classes(sizes, options.classes, repeats=options.repeats, json_file=options.json))
     return 0
 
 
@@ -120,4 +182,20 @@ def _run_index(options: argparse.Namespace, _: list[str]) -> int:
 
     scale = Scale(**{name: getattr(options, name) for name in Scale.__dataclass_fields__})
     print(bench_index(scale, folder=options.folder, json_file=options.json))
+    return 0
+
+
+def _run_claim(options: argparse.Namespace, _: list[str]) -> int:
+    from mf_scale.training.preemption import install_handlers
+
+    stops = install_handlers().signals
+    from pathlib import Path
+
+    from mf_scale.bench.claim import Asked, run_claim
+    from mf_scale.bench.claim_split import Bands
+
+    names = ("config", "overrides", "seeds", "rates", "held_out", "processes", "minutes")
+    told = {name: getattr(options, name) for name in names}
+    bands, folder = Bands(options.rare, options.common), Path(options.folder)
+    print(run_claim(Asked(**told, sources=options.source, folder=folder, bands=bands), stops))
     return 0

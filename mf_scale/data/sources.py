@@ -37,11 +37,15 @@ def open_training(data: DataConfig) -> tuple[Index, ...]:
 
     Raises UserError where one is named twice or cannot serve the task, and for vocabularies that cannot be made one.
     """
-    cache = cache_settings(data)
-    indexes = tuple(Index.open(source.index, cache) for source in training_sources(data))
+    indexes = tuple(open_other(source, data, None, source.index) for source in training_sources(data))
+    refuse_doubles(indexes)
+    return seen_as_one(indexes, data)
+
+
+def refuse_doubles(indexes: Sequence[Index]) -> None:
+    """UserError where two training sources hold the same."""
     seen: dict[str, str] = {}
     for index in indexes:
-        refuse_task(index, data.task)
         if index.digest in seen:
             raise UserError(
                 "two training sources are the same",
@@ -49,7 +53,6 @@ def open_training(data: DataConfig) -> tuple[Index, ...]:
                 remedy="Name it once; its weight sets how much of a global batch it makes.",
             )
         seen[index.digest] = index.source
-    return seen_as_one(indexes, data)
 
 
 def open_validation(data: DataConfig, vocabulary: Vocabulary | None = None) -> Index | None:

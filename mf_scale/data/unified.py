@@ -48,10 +48,10 @@ def seen_in(vocabulary: Vocabulary, index: Index, source: SourceConfig, data: Da
     """
     check_source(index.vocabulary, source.vocabulary, where)
     said = read_map(source.map, f"{where}.map")
-    if index.vocabulary.digest == vocabulary.digest and not said:
+    known = {name for own in vocabulary.members for name, _ in own}
+    if index.vocabulary.digest == vocabulary.digest and not said and index.vocabulary.name not in known:
         own = index.vocabulary if not (vocabulary.members or data.bands) else vocabulary
         return index if own is index.vocabulary else index.seen_as(own, None)
-    known = {name for own in vocabulary.members for name, _ in own}
     declared = said or data.merge or data.by_name or index.vocabulary.name in known
     if not declared or (not vocabulary.members and index.vocabulary.name == vocabulary.name):
         raise UserError(
@@ -89,7 +89,7 @@ def what_changed(before: Vocabulary, now: Vocabulary) -> str | None:
 
 def way_note(index: Index, what: str) -> str | None:
     """A sentence on what a source that is not trained on does not annotate; None where it annotates everything."""
-    if index.way is None:
+    if index.way is None or (index.way.known.all() and not index.way.left_out):
         return None
     way, left_out = index.way, index.way.left_out
     return (

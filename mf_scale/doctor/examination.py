@@ -24,7 +24,7 @@ from mf_scale.doctor.finding import OK, PROBLEM, WARNING, Finding, exit_code, lo
 from mf_scale.doctor.gpus import device_facts, driver_of, judge_gpus
 from mf_scale.doctor.host import judge_hosts, needs_of
 from mf_scale.doctor.kernels import judge_kernels
-from mf_scale.doctor.labels import judge_labels
+from mf_scale.doctor.labels import judge_labels, judge_vocabularies
 from mf_scale.doctor.node import Node, host_name, look_around
 from mf_scale.doctor.run_directory import judge_file_clock, judge_room, judge_writes
 from mf_scale.doctor.service import judge_service
@@ -107,9 +107,11 @@ def _alone(wanted: Wanted, world: World, node: Node, watch: Watch, found: list[F
 def _model(wanted: Wanted, node: Node) -> tuple[ModelSize | None, list[Finding]]:
     config = wanted.config
     assert config is not None
-    opened = node.sources.opened
-    classes = len(opened[0].vocabulary) if opened else config.model.num_classes
-    if classes is None:
+    known = node.sources.training or tuple(node.sources.opened)
+    classes = config.model.num_classes
+    if len({index.vocabulary.digest for index in known}) == 1:
+        classes = len(known[0].vocabulary)
+    if classes is None:  # no source opens, or nobody says what their classes are together
         return None, []
     built: list[ModelSize] = []
 
@@ -182,6 +184,7 @@ def _of_reports(wanted: Wanted, reports: Sequence[dict[str, Any]]) -> list[Findi
         batch = config.train.global_batch // (wanted.ranks or len(reports))
         needs = needs_of(config, batch, checkpoint, int(mine.get("trainable", 0)))
         found += looked("shards", lambda: judge_shards(reports, goes_on=bool(mine.get("goes_on"))))
+        found += looked("labels", lambda: judge_vocabularies(reports))
         found += looked("run directory", lambda: judge_writes(reports, checkpoint, config))
         found += looked("file clock", lambda: judge_file_clock(reports))
     found += looked("host memory", lambda: judge_hosts(reports, needs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import numpy as np
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import check_vocabulary
 from mf_scale.data.index import Index
-from mf_scale.doctor.finding import OK, WARNING, Finding, some
+from mf_scale.doctor.finding import OK, PROBLEM, WARNING, Finding, some
 from mf_scale.errors import UserError
 from mf_scale.training.preflight import segment_counts
+from mf_scale.unify import with_bands
 
 CHECK = "labels"
 _MUCH_UNLABELLED = 0.1
@@ -22,21 +23,17 @@ _MUCH_UNLABELLED = 0.1
 def judge_labels(config: Config, sources: Sequence[Index], validation: Index | None) -> list[Finding]:
     """Classes without an image, images without a segment, what validation has and training has not.
 
-    A label outside of the vocabulary is refused where an index is opened. Raises the UserError of training where
-    model.num_classes contradicts the vocabulary, or nothing at all is labelled.
+    All have the labels of one vocabulary; one outside of it is refused where an index is opened. Raises the UserError
+    of training where model.num_classes contradicts the vocabulary, a band was asked for of a class without an image, or
+    nothing at all is labelled.
     """
     vocabulary = sources[0].vocabulary
     check_vocabulary(config, vocabulary, where=", ".join(index.source for index in sources))
-    if validation is not None and validation.vocabulary.digest != vocabulary.digest:
-        raise UserError(
-            f"the validation source has vocabulary {validation.vocabulary.name!r} "
-            f"({len(validation.vocabulary)} classes), the training source {vocabulary.name!r} "
-            f"({len(vocabulary)} classes)",
-            where=validation.source,
-            remedy="Pack both with the same vocabulary.",
-        )
     usable = _usable(config, vocabulary.things)
-    images = np.sum([index.class_counts() for index in sources], axis=0) * usable
+    images = np.sum([index.class_counts() for index in sources], axis=0)
+    if config.data.bands:
+        with_bands(vocabulary, images)
+    images = images * usable
     samples = sum(index.samples for index in sources)
     pieces = (piece for index in sources for piece in segment_counts(index, config.data.task))
     empty = sum(int((piece == 0).sum()) for piece in pieces)
@@ -83,6 +80,24 @@ def judge_labels(config: Config, sources: Sequence[Index], validation: Index | N
     rare = f"the rarest in {details['rarest']:,} of {samples:,} images"
     text = f"{int(usable.sum()):,} classes of {vocabulary.name}, {rare}; {_share(empty, samples)} unlabelled"
     return [Finding(CHECK, OK, text, details=details)]
+
+
+def judge_vocabularies(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Why sources that open have no vocabulary in common: on every node, or on some, whose tables are not the others'.
+
+    reports: {host, "vocabularies": [[what, where, remedy, fault], ...]} of one rank a host.
+    """
+    looked = [report for report in reports if "vocabularies" in report]
+    told: dict[tuple[str, str, str], dict[str, bool]] = {}
+    for report in looked:
+        for what, where, remedy, fault in report["vocabularies"]:
+            told.setdefault((what, where, remedy), {})[str(report["host"])] = bool(fault)
+    found = []
+    for (what, where, remedy), hosts in told.items():
+        everywhere = len(hosts) == len(looked)
+        text = ("" if everywhere else f"{some(list(hosts))}: ") + what + (f" ({where})" if where else "")
+        found.append(Finding(CHECK, PROBLEM, text, remedy, fault=not everywhere or all(hosts.values())))
+    return found
 
 
 def _usable(config: Config, things: Sequence[bool]) -> np.ndarray:

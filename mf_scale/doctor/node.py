@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from mf_scale.config.data_rules import validation_source
 from mf_scale.config.schema import Config, DataConfig, SourceConfig
 from mf_scale.data.index import Index
-from mf_scale.data.sources import open_other, open_training, open_validation, training_sources
+from mf_scale.data.sources import open_other, refuse_doubles, training_sources
+from mf_scale.data.unified import seen_as_one, seen_in
 from mf_scale.distributed.env import World, job_start
 from mf_scale.doctor.gpus import smi_facts
 from mf_scale.doctor.host import host_facts
@@ -42,7 +43,9 @@ class Sources:
     opened: list[Index] = field(default_factory=list)
     """Training and validation sources that could be opened, each by itself."""
     failures: list[tuple[str, UserError]] = field(default_factory=list)
-    """Which source, empty: several together; and why it cannot be opened."""
+    """Which source, and why it cannot be opened."""
+    mistakes: list[UserError] = field(default_factory=list)
+    """What keeps those that opened from having one vocabulary."""
 
 
 @dataclass
@@ -81,6 +84,7 @@ def look_around(node: Node, config: Config | None, world: World, watch: Watch) -
         with watch.at("the shards"):
             node.sources = _opened(config)
             facts["shards"] = _shards(node.sources, world.rank)
+            facts["vocabularies"] = [_told(error) for error in node.sources.mistakes]
 
 
 def _gpu_files() -> int:
@@ -125,6 +129,13 @@ def _opened(config: Config) -> Sources:
             sources.failures.append((name, error))
             return ()
 
+    def together(what: str, look: Callable[[], tuple[Index, ...]]) -> tuple[Index, ...]:
+        try:
+            return within(max(_LEAST_SECONDS, deadline - time.monotonic()), f"what is said of {what}", look)
+        except UserError as error:
+            sources.mistakes.append(error)
+            return ()
+
     try:
         named = training_sources(data)
     except UserError as error:
@@ -132,27 +143,30 @@ def _opened(config: Config) -> Sources:
         sources.failures.append(("data.train", error))
     for source in named:
         sources.opened += opened(source.index, f"the training source {source.index}", _alone(source, data))
-    if len(sources.opened) == len(named):  # what they must have in common
-        sources.training = opened("", "the training sources", lambda: open_training(data))
+    training = tuple(sources.opened)
+    try:
+        refuse_doubles(training)
+    except UserError as error:
+        sources.failures.append(("data.sources", error))
+        named = []
+    # Bands are left to the check of labels, which counts the images of each class anyway and has longer for it.
+    plain = replace(data, bands=False)
+    if named and len(training) == len(named):
+        sources.training = together("the training sources", lambda: seen_as_one(training, plain))
     other = validation_source(data)
-    if other is not None:
-        alone = opened(other.index, f"the validation source {other.index}", _alone(other, data))
-        sources.opened += alone
-        if alone and sources.training:
-            vocabulary = sources.training[0].vocabulary
-            mapped = opened(other.index, "the validation source", lambda: _some(open_validation(data, vocabulary)))
-            sources.validation = mapped[0] if mapped else None
-        elif alone:
-            sources.validation = alone[0]
+    if other is None:
+        return sources
+    seen = alone = opened(other.index, f"the validation source {other.index}", _alone(other, data))
+    sources.opened += alone
+    if alone and sources.training:
+        vocabulary = sources.training[0].vocabulary
+        seen = together("the validation source", lambda: (seen_in(vocabulary, alone[0], other, plain, "data.val"),))
+    sources.validation = seen[0] if seen else None
     return sources
 
 
 def _alone(source: SourceConfig, data: DataConfig) -> Callable[[], tuple[Index, ...]]:
     return lambda: (open_other(source, data, None, source.index),)
-
-
-def _some(index: Index | None) -> tuple[Index, ...]:
-    return () if index is None else (index,)
 
 
 def _shards(sources: Sources, rank: int) -> dict[str, Any]:
@@ -170,5 +184,8 @@ def _shards(sources: Sources, rank: int) -> dict[str, Any]:
             facts = within(limit, "the shards", lambda: shard_facts(sources.opened, turn))
         except UserError as error:
             failures.append(("", error))
-    told = [[source, e.what, e.where, e.remedy, isinstance(e, FaultError)] for source, e in failures]
-    return {**facts, "errors": told}
+    return {**facts, "errors": [[source, *_told(error)] for source, error in failures]}
+
+
+def _told(error: UserError) -> list[Any]:
+    return [error.what, error.where, error.remedy, isinstance(error, FaultError)]

@@ -38,10 +38,10 @@ class TextClassHead(nn.Module):
         """Embeddings, and rows and no-object times the scale [K+1,D], both in fp32; there is no bias."""
         projected = self.project(queries)
         rows: Tensor = self.rows  # type: ignore[assignment]  # a buffer
-        with torch.autocast(rows.device.type, enabled=False):
-            scale = SMALLEST_SCALE * torch.exp(self.scale.sigmoid() * math.log(LARGEST_SCALE / SMALLEST_SCALE))
-            weight = scale * torch.cat((rows, F.normalize(self.no_object, dim=0)[None]))
-            return F.normalize(projected.float(), dim=-1), weight, None
+        # Autocast lowers products, and here is none: all of this stays fp32 on every device, the meta device too.
+        scale = SMALLEST_SCALE * torch.exp(self.scale.sigmoid() * math.log(LARGEST_SCALE / SMALLEST_SCALE))
+        weight = scale * torch.cat((rows, F.normalize(self.no_object, dim=0)[None]))
+        return F.normalize(projected.float(), dim=-1), weight, None
 
 
 def _parameter_of(scale: float) -> float:

@@ -80,9 +80,10 @@ def test_two_datasets_are_one_training_and_go_on_exactly(
     for step, keys in run.series("keys", "keys").items():
         _, batch = next(steps)
         assert sorted(batch.keys) == sorted(keys), f"keys of step {step}"
+        assert batch.class_mask is not None
         for key, mask in zip(batch.keys, batch.class_mask, strict=True):
-            known = sources[1 if key.startswith("ADE") else 0].way.known
-            assert (mask == UNKNOWN).tolist() == (~known).tolist()
+            way = sources[1 if key.startswith("ADE") else 0].way
+            assert way is not None and (mask == UNKNOWN).tolist() == (~way.known).tolist()
     steps.close()
 
     # evaluated on ADE alone: what ADE does not annotate is not asked for, and is in no mean

@@ -95,14 +95,14 @@ def test_a_panoptic_target_has_the_mapped_classes_at_every_pixel(drawn, sample, 
     assert ((made.segment_map[0] == IGNORE) == ignored).all()
     got = classes_at(made.segment_map, made.labels, UNIFIED)
     assert (got == wanted).all()
-    for label in np.flatnonzero(way.joined):
+    for label in np.flatnonzero(way.joined).tolist():
         assert (made.labels == label).sum() <= 1 and not made.crowd[made.labels == label].any()
-    for label in np.flatnonzero(~way.joined):
+    for label in np.flatnonzero(~way.joined).tolist():
         present = [i for i in np.flatnonzero(kept & (unified == label)) if here[i].any()]
         assert (made.labels == label).sum() == len(present), "instances stay apart"
-    for i, layer in enumerate(made.segment_layer):
+    for segment, layer in enumerate(made.segment_layer.tolist()):
         others = [n for n in range(len(made.segment_map)) if n != layer]
-        assert not (made.segment_map[others] == i).any(), "a segment lies on its own layer"
+        assert not (made.segment_map[others] == segment).any(), "a segment lies on its own layer"
 
 
 @FAST

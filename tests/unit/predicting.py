@@ -14,6 +14,7 @@ import torch
 from mf_scale.evaluation.prediction.parts import predict_images
 from mf_scale.evaluation.prediction.words import Options, Share
 from mf_scale.models.build import build_model
+from mf_scale.models.heads import ClassHead
 from mf_scale.models.maskformer import MaskFormer
 from mf_scale.rundir import RunDir
 from tests.unit.painted import painted_config, write_checkpoint
@@ -30,6 +31,7 @@ def small_run(folder: Path, step: int = 3) -> str:
     directory = RunDir(folder)
     model = build_model(config.model, 4, seed=0)
     assert isinstance(model, MaskFormer)
+    assert isinstance(model.heads.class_head, ClassHead)
     torch.nn.init.constant_(model.heads.class_head.bias[-1:], -20.0)  # no query says no-object
     write_checkpoint(directory, config, model, step)
     return str(directory.path)

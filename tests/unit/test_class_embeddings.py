@@ -26,6 +26,8 @@ from mf_scale.models.build import build_model
 from mf_scale.models.class_embeddings import class_rows, read_class_embeddings, write_class_embeddings
 from mf_scale.models.outputs import Classifier
 from mf_scale.models.text_head import CLASS_ROWS, FIRST_SCALE, LARGEST_SCALE, TextClassHead
+from mf_scale.plan.activations import Tracer
+from mf_scale.plan.parts import count_parts
 from mf_scale.rundir import RunDir
 from mf_scale.training.initial import initial_model
 from mf_scale.training.optimizer import parameter_groups
@@ -175,6 +177,17 @@ def test_the_rows_are_kept_and_scale_and_no_object_do_not_decay(file: Path) -> N
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model.eval()(torch.zeros(1, 3, 64, 64))
     assert prediction.class_embeddings.dtype == prediction.classifier.weight.dtype == torch.float32
+
+
+def test_it_is_planned_without_numbers(file: Path) -> None:
+    """On the meta device, where autocast cannot even be switched off; and a micro-batch with everything it keeps."""
+    config = text_config(file)
+    config.model.num_classes = 4
+    config.train.precision = "bf16"
+    parts = {part.name: part for part in count_parts(config)}
+    projection, scale_and_no_object, mask_head = 16 * WIDTH + WIDTH, 1 + WIDTH, 3 * (16 * 16 + 16)
+    assert parts["heads"].trainable == projection + scale_and_no_object + mask_head
+    assert Tracer(config, segments=3, device="cuda", where="x")(2).peak > 0
 
 
 def test_a_checkpoint_alone_has_its_rows_and_a_file_at_inference_is_another_vocabulary(

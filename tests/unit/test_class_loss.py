@@ -160,7 +160,8 @@ def test_a_class_with_a_segment_is_known_and_padding_means_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sums_are_made_in_fp32_and_gradients_come_in_the_type_of_their_tensors(dtype: torch.dtype) -> None:
     embeddings, classifier, _, targets, _ = _case(1, 2, 50, 40, 8)
-    narrow = [t.detach().to(dtype).requires_grad_() for t in _given((embeddings, classifier, *[targets] * 3))]
+    made = (embeddings, classifier, targets, targets, targets)
+    narrow = [t.detach().to(dtype).requires_grad_() for t in _given(made)]
     wide = [t.detach().double().requires_grad_() for t in narrow]
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = class_loss(narrow[0], Classifier(*narrow[1:]), targets, torch.ones(41))

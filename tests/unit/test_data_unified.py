@@ -27,7 +27,7 @@ from mf_scale.data.sources import continue_order, open_training, open_validation
 from mf_scale.data.state import DataState
 from mf_scale.data.unified import merges_of, way_note, what_changed
 from mf_scale.errors import UserError
-from mf_scale.unify import LEFT_OUT, Source, place
+from mf_scale.unify import LEFT_OUT, Source, UnifiedSource, place
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 from tests.sources import VOCABULARY, make_source, sample_members, small_config, write_shard
 
@@ -68,6 +68,24 @@ def union(two: tuple[str, str, str], **changes: object) -> DataConfig:
     return small_config(**{"sources": sources, "merge": [two[2]], **changes})
 
 
+def way_of(index: Index | None) -> UnifiedSource:
+    """How a source is seen in another vocabulary, where it is."""
+    assert index is not None and index.way is not None
+    return index.way
+
+
+def validated(data: DataConfig, vocabulary: Vocabulary) -> Index:
+    """Its validation source, where it has one."""
+    index = open_validation(data, vocabulary)
+    assert index is not None
+    return index
+
+
+def not_none(class_mask: torch.Tensor | None) -> torch.Tensor:
+    assert class_mask is not None
+    return class_mask
+
+
 def refused(data: DataConfig) -> str:
     with pytest.raises(UserError) as caught:
         open_training(data)
@@ -78,13 +96,15 @@ def refused(data: DataConfig) -> str:
 def test_all_sources_have_the_labels_of_one_vocabulary(two):
     first, second = open_training(union(two))
     assert first.vocabulary is second.vocabulary and first.vocabulary.names == NAMES
-    assert first.way.labels.tolist() == [0, 1, 2, 3, 4, 5] and second.way.labels.tolist() == [0, 1, 1, 4, 4, 6]
+    assert way_of(first).labels.tolist() == [0, 1, 2, 3, 4, 5] and way_of(second).labels.tolist() == [0, 1, 1, 4, 4, 6]
     plain = Index.open(two[1])
     mapped = make_reader(second, small_config()).load_exact(2)
-    assert mapped.labels.tolist() == second.way.labels[make_reader(plain, small_config()).load_exact(2).labels].tolist()
+    stored = make_reader(plain, small_config()).load_exact(2)
+    assert mapped.labels.tolist() == way_of(second).labels[stored.labels].tolist()
     there = pickle.loads(pickle.dumps(second))  # noqa: S301 - as worker processes get it
-    assert there.vocabulary == second.vocabulary and there.way.labels.tolist() == second.way.labels.tolist()
-    assert merges_of((first, second)).members == first.vocabulary.members
+    assert there.vocabulary == second.vocabulary and there.way.labels.tolist() == way_of(second).labels.tolist()
+    merges = merges_of((first, second))
+    assert merges is not None and merges.members == first.vocabulary.members
 
 
 def test_a_vocabulary_that_all_share_is_left_alone(two, tmp_path):
@@ -100,7 +120,7 @@ def test_counts_and_lists_are_of_images_by_unified_classes(two):
     for index, plain in zip(open_training(union(two)), (Index.open(two[0]), Index.open(two[1])), strict=True):
         wanted = np.zeros(7, np.int64)
         for sample_id in range(index.samples):
-            labels = set(index.way.labels[plain.sample(sample_id).class_ids].tolist()) - {LEFT_OUT}
+            labels = set(way_of(index).labels[plain.sample(sample_id).class_ids].tolist()) - {LEFT_OUT}
             wanted[sorted(labels)] += 1
             offsets, listed = index.class_lists(sample_id, sample_id + 1)
             assert listed.tolist() == sorted(labels) and offsets.tolist() == [0, len(labels)]
@@ -129,15 +149,16 @@ def test_unknown_classes_are_masked_in_every_batch_of_every_world(two):
         for ours, theirs in zip(alone, others, strict=True):
             places = [*range(8)] if world == 1 else [*range(0, 8, 2), *range(1, 8, 2)]
             assert [ours.keys[i] for i in places] == theirs.keys
-            assert torch.equal(ours.class_mask[places], theirs.class_mask)
+            assert torch.equal(not_none(ours.class_mask)[places], not_none(theirs.class_mask))
             assert torch.equal(ours.segment_map[places], theirs.segment_map)
     for batch in alone:
-        assert batch.class_mask.dtype == torch.uint8 and batch.class_mask.shape == (8, 7)
+        assert batch.class_mask is not None and batch.class_mask.dtype == torch.uint8
+        assert batch.class_mask.shape == (8, 7)
         for lane, row in enumerate(batch.class_mask):
             index = indexes[0 if lane < 6 else 1]  # 3 : 1 of a global batch of 8
-            assert (row == UNKNOWN).tolist() == (~index.way.known).tolist()
+            assert (row == UNKNOWN).tolist() == (~way_of(index).known).tolist()
             assert not (row[batch.labels[lane][batch.labels[lane] >= 0]] == UNKNOWN).any(), "what is marked is known"
-        assert torch.equal(cut(batch, 2, 5).class_mask, batch.class_mask[2:5])
+        assert torch.equal(not_none(cut(batch, 2, 5).class_mask), batch.class_mask[2:5])
 
 
 def test_stuff_of_several_segments_is_one_and_what_is_left_out_is_ignored(two):
@@ -155,12 +176,12 @@ def test_stuff_of_several_segments_is_one_and_what_is_left_out_is_ignored(two):
 
 def test_a_validation_source_is_seen_in_the_vocabulary_of_the_run(two, tmp_path):
     vocabulary = open_training(union(two))[0].vocabulary
-    index = open_validation(union(two, val=two[1]), vocabulary)
-    assert index.way.labels.tolist() == [0, 1, 1, 4, 4, 6] and "annotates 4 of 7" in way_note(index, "val")
+    index = validated(union(two, val=two[1]), vocabulary)
+    assert way_of(index).labels.tolist() == [0, 1, 1, 4, 4, 6] and "annotates 4 of 7" in str(way_note(index, "val"))
     mapped = {"index": two[1], "vocabulary": "other", "map": {"o5": "class5", "o1": None}}
-    assert open_validation(union(two, val=mapped), vocabulary).way.labels.tolist() == [0, LEFT_OUT, 1, 4, 4, 5]
+    assert way_of(validated(union(two, val=mapped), vocabulary)).labels.tolist() == [0, LEFT_OUT, 1, 4, 4, 5]
     fewer = union(two, sources=[SourceConfig(two[0]), SourceConfig(two[1], map={"o0": None})], val=two[1])
-    left_out = open_validation(fewer, open_training(fewer)[0].vocabulary).way
+    left_out = way_of(validated(fewer, open_training(fewer)[0].vocabulary))
     assert left_out.left_out == ("o0",), "what training leaves out stays left out, whatever the table says"
     made = Vocabulary("u", OTHER.classes[:2], ((("test", "o0"),), (("test", "x"), ("other", "o1"))))
     way = place(made, Source(OTHER), by_name=True)
@@ -180,7 +201,7 @@ def test_a_validation_source_is_seen_in_the_vocabulary_of_the_run(two, tmp_path)
         )
     )
     data = union(two, merge=[two[2], str(tmp_path / "k.json")], by_name=True, val=str(tmp_path / "third"))
-    found = open_validation(data, vocabulary).way
+    found = way_of(validated(data, vocabulary))
     assert found.labels.tolist() == [2, 1, 0, LEFT_OUT, 4, 5] and found.left_out == ("z",)
     for said, message in (
         ({"map": {"k": "tow"}}, "leads to 'tow', and the run has no such class (data.val). Did you mean 'two'?"),
@@ -189,14 +210,14 @@ def test_a_validation_source_is_seen_in_the_vocabulary_of_the_run(two, tmp_path)
         ({"vocabulary": "other"}, "packed with vocabulary 'third', not 'other'"),
     ):
         with pytest.raises(UserError) as caught:
-            open_validation(replace(data, val={"index": str(tmp_path / "third"), **said}), vocabulary)
+            validated(replace(data, val={"index": str(tmp_path / "third"), **said}), vocabulary)
         assert message in str(caught.value)
     with pytest.raises(UserError, match="no class of 'third' is one of 'unified'"):
-        open_validation(union(two, val=str(tmp_path / "third")), vocabulary)
+        validated(union(two, val=str(tmp_path / "third")), vocabulary)
     with pytest.raises(UserError, match=r"the source has vocabulary 'third' \(6 classes\), the run 'test'"):
-        open_validation(small_config(val=str(tmp_path / "third")), VOCABULARY)
-    mapped = small_config(val={"index": str(tmp_path / "third"), "map": {"k": "class1"}})
-    assert open_validation(mapped, VOCABULARY).way.labels.tolist() == [LEFT_OUT, 1] + [LEFT_OUT] * 4
+        validated(small_config(val=str(tmp_path / "third")), VOCABULARY)
+    folded = small_config(val={"index": str(tmp_path / "third"), "map": {"k": "class1"}})
+    assert way_of(validated(folded, VOCABULARY)).labels.tolist() == [LEFT_OUT, 1] + [LEFT_OUT] * 4
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_trained(two, tmp_path):
@@ -300,9 +321,9 @@ def test_what_nobody_looked_for_in_an_image_is_unknown_there(tmp_path):
     state = continue_order(config, indexes, None, 0)[0]
     _, batch = next(train_steps(indexes, state, config.data, rank=0, world=1, step=0))
     (loss_batch,) = loss_batches(indexes[0], config.data, count=3, batch=4, rank=0, world=1)
-    assert not loss_batch.class_mask[3].any(), "a blank place counts nothing anyway"
+    assert not not_none(loss_batch.class_mask)[3].any(), "a blank place counts nothing anyway"
     for made in (batch, loss_batch):
-        for key, row in zip(made.keys, made.class_mask, strict=True):
+        for key, row in zip(made.keys, not_none(made.class_mask), strict=True):
             if key:
                 i, wanted = int(key[1:]), [UNKNOWN] * 6
                 wanted[(i + 1) % 4] = wanted[(i + 2) % 4] = wanted[4 + i % 2] = 0
@@ -333,5 +354,6 @@ def test_federated_lists_are_mapped_with_the_labels(tmp_path, two):
     for sample in samples:
         i = int(sample.key[1:])
         looked_for = {i % 4, (i + 1) % 4, (i + 2) % 4}
+        assert sample.federated is not None
         absent = set(sample.federated.negative.tolist())
         assert (0 in absent) == (not looked_for & {0, 1} - {(i + 2) % 4} and {0, 1} <= looked_for)

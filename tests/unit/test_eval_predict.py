@@ -23,6 +23,7 @@ from mf_scale.evaluation.prediction.parts import predict_images
 from mf_scale.evaluation.prediction.words import Options
 from mf_scale.evaluation.rle import bounding_box, coco_mask
 from mf_scale.models.build import build_model
+from mf_scale.models.heads import ClassHead
 from mf_scale.models.maskformer import MaskFormer
 from mf_scale.rundir import MANIFEST, VOCABULARY, RunDir, file_digest
 from tests.unit.painted import COLORS, ColorModel, painted_config, write_checkpoint
@@ -38,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = RunDir(tmp_path_factory.mktemp("run"))
     model = build_model(config.model, 4, seed=0)
     assert isinstance(model, MaskFormer)
+    assert isinstance(model.heads.class_head, ClassHead)
     torch.nn.init.constant_(model.heads.class_head.bias[-1:], -20.0)  # no query says no-object
     write_checkpoint(directory, config, model, 3)
     return str(directory.path)

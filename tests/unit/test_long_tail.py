@@ -19,6 +19,7 @@ from mf_scale.losses.criterion import Criterion
 from mf_scale.losses.long_tail import make_adjustment
 from mf_scale.models.outputs import Classifier
 from mf_scale.vocabulary import log_prior
+from tests.random_batches import CLASSES, random_batch, random_prediction
 
 IMAGES = [1000, 3, 120, 0, 40]
 K = len(IMAGES)
@@ -215,6 +216,24 @@ def test_the_criterion_has_the_adjustment_of_the_configuration() -> None:
     for balance, kind in (("none", "NoneType"), ("seesaw", "Seesaw"), ("balanced", "BalancedSoftmax")):
         criterion = choose_criterion(load_config(None, [f"loss.class_balance={balance}"]), K, IMAGES)
         assert isinstance(criterion, Criterion) and type(criterion.adjustment).__name__ == kind
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_step_of_training_differs_in_the_class_term_alone(balance: str) -> None:
+    """The criterion as a run makes it: the same matching and masks, another class loss, other gradients by it."""
+    batch, prediction = random_batch([3, 0, 5]), random_prediction(3)
+    images = [1000, 3, 120, 0, 40, 7, 900][:CLASSES]
+    found = {}
+    for kind in ("none", balance):
+        said = [f"loss.class_balance={kind}", "model.decoder.queries=5"]
+        criterion = choose_criterion(load_config(None, said), CLASSES, images)
+        terms = criterion(prediction, batch, criterion.normalisers(criterion.totals(batch)))
+        weight, pixels = prediction.classifier.weight, prediction.pixel_embeddings
+        found[kind] = terms.terms, *torch.autograd.grad(terms.total, [weight, pixels])
+    (plain_terms, plain_weight, plain_pixels), (terms, weight, pixels) = found["none"], found[balance]
+    assert torch.equal(plain_terms["focal"], terms["focal"]) and torch.equal(plain_pixels, pixels)
+    assert not torch.allclose(plain_terms["class"], terms["class"], rtol=1e-3)
+    assert not torch.allclose(plain_weight, weight, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def no_pair(device: str) -> None:
 
 
 def by_cost_kernels(arguments: list[Tensor], weights: CostWeights, device: str) -> tuple[Tensor, ...]:
-    return pairwise_cost(*(argument.to(device) for argument in arguments), weights)
+    probability, queries, pixels, segment_map, layers = (argument.to(device) for argument in arguments)
+    return pairwise_cost(probability, queries, pixels, segment_map, layers, weights)
 
 
 def compare_cost(
