@@ -114,7 +114,14 @@ def _union(folder: Path) -> list[str]:
     files = _pooled_bands(folder)
     for name, (form, source, split) in forms.items():
         _pack(form, source, folder / name, split, "--vocabulary", str(files[name]))
-    _pack("coco_panoptic", SHARED / "coco_panoptic", folder / "val", "val2017", "--vocabulary", str(files["coco_panoptic"]))
+    _pack(
+        "coco_panoptic",
+        SHARED / "coco_panoptic",
+        folder / "val",
+        "val2017",
+        "--vocabulary",
+        str(files["coco_panoptic"]),
+    )
     return [f"data.sources={_sources(folder)}", f"data.val={folder}/val", "data.bands=false"]
 
 
@@ -137,7 +144,9 @@ def _pooled_bands(folder: Path) -> dict[str, Path]:
     return files
 
 
-def write_bands(vocabulary: Vocabulary, images: np.ndarray | Sequence[int], path: Path, *, rare: int, common: int) -> Path:
+def write_bands(
+    vocabulary: Vocabulary, images: np.ndarray | Sequence[int], path: Path, *, rare: int, common: int
+) -> Path:
     """The vocabulary with bands by `images` [K]; a class without an image has none."""
 
     def banded(info: ClassInfo, count: int) -> ClassInfo:

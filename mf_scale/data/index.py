@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,8 @@ class Index:
 
     def seen_as(self, vocabulary: Vocabulary, way: UnifiedSource | None) -> Index:
         """The same source with its labels mapped into another vocabulary; `way` None: the labels stay as they are."""
-        seen = copy(self)
+        seen = object.__new__(Index)  # not copy.copy, which does as pickle and would open it again
+        vars(seen).update(vars(self))
         seen.vocabulary, seen.way = vocabulary, way
         return seen
 

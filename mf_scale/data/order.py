@@ -27,6 +27,8 @@ KEPT_EPOCHS = 2
 """Epochs whose block order is kept in memory; a step touches one or two of them unless G > N."""
 _SOURCE_SPREAD = 0x9E3779B97F4A7C15
 """Sets the seeds of a run's sources apart; the first source's is the run's own."""
+_CHUNK = 1 << 15
+"""Blocks whose sizes are looked at at once."""
 _REMAINDER = 1 << 62
 """Part of the key that the remainder of an epoch's repeats is drawn with; no block has this number."""
 
@@ -171,9 +173,9 @@ class SampleOrder:
         """Sample ids (their order in the index) at the given stream positions, int64, same shape."""
         epochs, offsets = np.divmod(np.asarray(stream_positions, dtype=np.int64), self.stream.length)
         ids = np.empty_like(offsets)
-        for epoch in np.unique(epochs):
+        for epoch in sorted(set(epochs.ravel().tolist())):  # np.unique's first call imports for 8 ms
             here = epochs == epoch
-            ids[here] = self._epoch_ids(int(epoch), offsets[here])
+            ids[here] = self._epoch_ids(epoch, offsets[here])
         return ids
 
     def _epoch_ids(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
@@ -200,8 +202,23 @@ class SampleOrder:
         if epoch not in self._epochs:
             if len(self._epochs) >= KEPT_EPOCHS:
                 self._epochs.pop(min(self._epochs))
-            count = len(self.bounds) - 1
-            order = permute_all(count, key(self.stream.own_seed, epoch, 0))
-            sizes = np.diff(self._copies_before(np.s_[:], remainder))
-            self._epochs[epoch] = order, np.cumsum(sizes[order])
+            order = permute_all(len(self.bounds) - 1, key(self.stream.own_seed, epoch, 0))
+            self._epochs[epoch] = order, self._ends(order, remainder)
         return self._epochs[epoch]
+
+    def _ends(self, order: np.ndarray, remainder: int) -> np.ndarray:
+        """The offset behind each of the blocks in their order, int64; in parts, since fresh memory costs more."""
+        sizes = np.empty(len(order), np.int32)  # half as much to be picked from at random
+        for first in range(0, len(order), _CHUNK):
+            np.copyto(
+                sizes[first : first + _CHUNK],
+                np.diff(self._copies_before(np.s_[first : first + _CHUNK + 1], remainder)),
+                casting="same_kind",
+            )
+        ends, before = np.empty(len(order), np.int64), 0
+        for first in range(0, len(order), _CHUNK):
+            here = ends[first : first + _CHUNK]
+            np.cumsum(sizes.take(order[first : first + _CHUNK], mode="clip"), dtype=np.int64, out=here)
+            here += before
+            before = int(here[-1])
+        return ends

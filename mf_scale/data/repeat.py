@@ -23,10 +23,10 @@ _BITS = 16
 UNIT = 1 << _BITS
 _CHUNK = 1 << 18
 """Samples whose factors are summed at once."""
-STRIDE = 32
+STRIDE = 16
 """Samples between two sums that are kept: so many are looked into for a copy, in whatever block it lies."""
-_STRIDES = 1 << 10
-"""Stretches of so many samples that are looked into at once."""
+_COPIES = 1 << 8
+"""Copies that are looked for at once: what is worked with stays in a core's cache, and takes no fresh memory."""
 _FORM = 2
 """Of the file of sums."""
 
@@ -57,15 +57,17 @@ class RepeatFactors:
         return (self.sums[blocks] + remainder) >> _BITS
 
     def samples_of(self, copies: np.ndarray, remainder: int) -> np.ndarray:
-        """The sample that each copy of an epoch with this remainder is of, int64, same shape."""
+        """The sample that each copy of an epoch with this remainder is of, int64 [n] both."""
+        rank = np.argsort(copies)
+        ascending = copies[rank]  # neighbours in memory are looked at one behind the other
         # The last stretch with copies before it <= copy.
-        stretches = np.searchsorted(self.strided, (copies + 1) * UNIT - remainder, side="left") - 1
-        different, samples = np.unique(stretches), np.empty_like(copies)
-        for first in range(0, len(different), _STRIDES):
-            few = different[first : first + _STRIDES]
-            here = (stretches >= few[0]) & (stretches <= few[-1])
-            rows, behind = self._sums_behind(few)
-            samples[here] = rows[np.searchsorted((behind + remainder) >> _BITS, copies[here], side="right")]
+        stretches = np.searchsorted(self.strided, (ascending + 1) * UNIT - remainder, side="left") - 1
+        samples = np.empty_like(copies)
+        for first in range(0, len(copies), _COPIES):
+            few = np.s_[first : first + _COPIES]
+            here = stretches[few]
+            rows, behind = self._sums_behind(here[np.diff(here, prepend=-1) > 0])
+            samples[rank[few]] = rows[np.searchsorted((behind + remainder) >> _BITS, ascending[few], side="right")]
         return samples
 
     def _sums_behind(self, stretches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

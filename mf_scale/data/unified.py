@@ -54,9 +54,11 @@ def seen_in(vocabulary: Vocabulary, index: Index, source: SourceConfig, data: Da
         return index if own is index.vocabulary else index.seen_as(own, None)
     declared = said or data.merge or data.by_name or index.vocabulary.name in known
     if not declared or (not vocabulary.members and index.vocabulary.name == vocabulary.name):
+        pairs = zip(index.vocabulary.names, vocabulary.names, strict=False)
+        other = next((f"; the first class that differs is {own!r}" for own, run in pairs if own != run), "")
         raise UserError(
             f"the source has vocabulary {index.vocabulary.name!r} ({len(index.vocabulary)} classes), the run "
-            f"{vocabulary.name!r} ({len(vocabulary)} classes)",
+            f"{vocabulary.name!r} ({len(vocabulary)} classes){other}",
             where=index.source,
             remedy="Pack it with the run's vocabulary, or say which classes are one: data.merge, data.by_name=true, or "
             "a map (docs/vocabularies.md).",

@@ -109,7 +109,8 @@ def test_every_problem_is_told_at_once(
     assert set(said) >= {"configuration", "shards", "labels", "batch", "model", "checkpoint"}, said
     assert "model.decoder.width = 64 is not a multiple" in said["configuration"]["text"]
     assert "1 of 2 shards differ from the index" in said["shards"]["text"] and "instead of" in said["shards"]["text"]
-    assert "the validation source has vocabulary" in said["labels"]["text"]
+    assert "the source has vocabulary 'coco_panoptic_133'" in said["labels"]["text"]
+    assert "the first class that differs is 'person'" in said["labels"]["text"]
     assert "cannot be shared by 4 ranks" in said["batch"]["text"]
     assert "the first class that differs is 'person'" in said["checkpoint"]["text"]
     assert all(finding["remedy"] for finding in said.values()) and not any(f["fault"] for f in said.values())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mf_scale.bench.memory import peak_over_inputs
 from mf_scale.data.batch import NONE
 from mf_scale.data.loader import EvalSample
 from mf_scale.evaluation.inference import Instances
@@ -90,10 +91,6 @@ def test_memory_does_not_grow_with_classes_times_images() -> None:
 
 
 if __name__ == "__main__":
-    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    {"ours": ours, "library": library}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]))
-    spent = {
-        "seconds": time.monotonic() - begin,
-        "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-    }
-    print(json.dumps(spent))
+    measured = partial({"ours": ours, "library": library}[sys.argv[1]], *map(int, sys.argv[2:]))
+    begin, peak = time.monotonic(), peak_over_inputs(measured, torch.device("cpu"))
+    print(json.dumps({"seconds": time.monotonic() - begin, "mib": peak}))

@@ -140,13 +140,32 @@ def test_bands_tell_what_they_cost() -> None:
     evaluation = _evaluation(bands={**bands, "frequent": {"classes": 1, "mIoU": 0.9}})
     table = band_table(evaluation, class_rows(evaluation), "x")
     assert table is not None
-    assert _texts(table) == [["rare", "2", "0.0", "66.67"], ["frequent", "1", "90.0", "3.33"]]
+    assert _texts(table) == [["rare", "2", "2", "0.0", "66.67"], ["frequent", "1", "1", "90.0", "3.33"]]
+
+
+def test_bands_tell_how_many_of_their_classes_the_split_holds() -> None:
+    """Of LVIS's 1203 classes few images hold a few; and instances are ranked by AP, which knows what was looked for."""
+    per_class = {"panoptic": {"PQ": [0.5, None, None]}, "instances": {"AP": [0.25, None, None]}}
+    evaluation = {"task": "instance", "class_names": list("abc"), "things": [True] * 3}
+    evaluation |= {part: {"per_class": values} for part, values in per_class.items()}
+    numbers = {"PQ": 0.5, "AP": 0.25}
+    evaluation["bands"] = {"of_class": ["rare", "rare", "common"]} | {
+        "rare": {"classes": 2, **numbers},
+        "common": {"classes": 1, "PQ": None, "AP": None},
+    }
+    rows = class_rows(evaluation)
+    assert measure_of(evaluation) == "AP" and [(row.value, row.values["PQ"]) for row in rows] == [(0.25, 0.5)]
+    table = band_table(evaluation, rows, "x")
+    assert table is not None
+    assert [column.name for column in table.columns][2:5] == ["in the split", "AP", "PQ"]
+    assert _texts(table) == [["rare", "2", "1", "25.0", "50.0", "75.00"], ["common", "1", "0", "-", "-", "0.00"]]
 
 
 def test_the_measure_is_that_of_the_task() -> None:
     assert measure_of(_evaluation()) == "IoU"
     assert measure_of({"panoptic": {"a": 1}, "instances": {"b": 1}}) == "PQ"
     assert measure_of({"instances": {"b": 1}}) == "AP"
+    assert measure_of({"task": "panoptic", "panoptic": {"a": 1}, "instances": {"b": 1}}) == "PQ"
 
 
 def test_troubles_of_steps_that_were_taken_back_are_told_once(tmp_path: Path) -> None:

@@ -45,9 +45,19 @@ class ClassRow:
 
 
 def measure_of(evaluation: Mapping[str, Any]) -> str:
-    """What the classes of the split are ranked by."""
-    blocks = (("semantic", "IoU"), ("panoptic", "PQ"), ("instances", "AP"))
+    """What the classes of the split are ranked by.
+
+    Instances by AP: their PQ cannot tell what nobody looked for, as in LVIS, from what is not there.
+    """
+    blocks = [("semantic", "IoU"), ("panoptic", "PQ"), ("instances", "AP")]
+    if evaluation.get("task") == "instance":
+        blocks.reverse()
     return next((measure for block, measure in blocks if evaluation.get(block)), "IoU")
+
+
+def mean_of(measure: str) -> str:
+    """What the mean of the measure over classes is called."""
+    return "mIoU" if measure == "IoU" else measure
 
 
 def class_values(evaluation: Mapping[str, Any]) -> dict[str, list[float | None]]:
@@ -93,7 +103,7 @@ def class_tables(rows: Sequence[ClassRow], measure: str, name: str) -> tuple[lis
     many = len(rows) > MANY
     shown = SHOWN_OF_MANY if many else SHOWN
     costly = _table(
-        rows[:shown], measure, f"costly-{name}", f"The {shown} classes that cost m{measure} most", rich=True
+        rows[:shown], measure, f"costly-{name}", f"The {shown} classes that cost {mean_of(measure)} most", rich=True
     )
     best = [_table(rows[: -shown - 1 : -1], measure, f"best-{name}", f"The {shown} best classes", rich=True)]
     caption = f"All {count(len(rows))} classes"
@@ -107,13 +117,16 @@ def band_table(evaluation: Mapping[str, Any], rows: Sequence[ClassRow], name: st
         return None
     known = [band for band in _BANDS if isinstance(bands.get(band), Mapping)]
     measures = [m for m in ("mIoU", "PQ", "AP") if any(bands[band].get(m) is not None for band in known)]
-    columns = [Column("band", text=True), Column("classes"), *map(Column, measures), _lost_column(measure)]
+    measures.sort(key=lambda m: m != mean_of(measure))
+    columns = [Column("band", text=True), Column("classes"), Column("in the split"), *map(Column, measures)]
+    columns.append(_lost_column(measure))
     cells: list[list[Cell | str]] = []
     for band in known:
-        lost = sum(row.lost for row in rows if row.band == band)
+        own = [row for row in rows if row.band == band]
         values = [bands[band].get(m) for m in measures]
         bars = [Cell(percent(v), bar=v) if v is not None else "-" for v in values]
-        cells.append([band, count(bands[band].get("classes")), *bars, number(100 * lost, 2)])
+        lost = number(100 * sum(row.lost for row in own), 2)
+        cells.append([band, count(bands[band].get("classes")), count(len(own)), *bars, lost])
     return Table(f"bands-{name}", "By frequency band", columns, cells)
 
 

@@ -19,6 +19,7 @@ from mf_scale.rundir import RunDir, disk_errors, write_atomically
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.pictures import write_bytes
 from mf_scale.tracking.report.charts import Chart, draw
+from mf_scale.tracking.report.classes import mean_of, measure_of
 from mf_scale.tracking.report.curves import MEASURES, finite, layer_table, training_charts
 from mf_scale.tracking.report.data import SourceCounts, class_images, data_view
 from mf_scale.tracking.report.evaluations import read_evaluations
@@ -92,7 +93,8 @@ def headline(
 ) -> list[dict[str, str]]:
     """The numbers of the page's first screen: value and caption each."""
     cards = []
-    for name in MEASURES:
+    first = {mean_of(measure_of(evaluation)) for evaluation in evaluations}
+    for name in sorted(MEASURES, key=lambda name: name not in first):
         cards += [
             {"value": f"{percent(e[name])}%", "name": f"{name}, {e['split']}"}
             for e in evaluations

@@ -36,6 +36,7 @@ def split_view(run: RunDir, evaluation: Mapping[str, Any], images: Sequence[int]
         "place": place,
         "measure": measure,
         "classes": len(rows),
+        "vocabulary": len(evaluation["class_names"]),
         "bands": band_table(evaluation, rows, place),
         "spread": spread(rows),
         "shown": shown,
