@@ -1,7 +1,7 @@
 """A recipe of large vocabularies tried on its small real sample: `python -m tests.dry_run RECIPE FOLDER [--steps 60]`.
 
 Packs, trains with the recipe's own file on 2 processes, evaluates and makes the report, each by the command that a user
-types; then prints the numbers by frequency band. Overridden is what makes it small: model, crop, batch, steps, backbone.
+types; then prints the numbers by frequency band. Overridden is what makes it small: model, crop, batch, steps, rate.
 The images are few and mostly seen in training: the numbers say that all parts work together, and nothing of quality.
 """
 

@@ -1,4 +1,4 @@
-"""The recipes of large vocabularies on small real samples: ../shared/data, laid out as the released datasets are, packed.
+"""Small real samples for the recipes of large vocabularies: ../shared/data, laid out as the datasets are, and packed.
 
 Bands: LVIS's vocabulary has its own. The others get theirs here from the images of the sample, written into vocabulary
 files: `data.bands=true` wants an image of every class, and a sample has none of most.
@@ -100,7 +100,7 @@ def as_lvis_v1(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _union(folder: Path) -> list[str]:
-    """234 images, trained on; 100 others of COCO panoptic, evaluated. Bands by LVIS's law, from all sources together."""
+    """234 images, trained on; 100 others of COCO panoptic, evaluated. Bands by LVIS's law, over all sources."""
     ade = folder / "ade"
     shutil.copytree(SHARED / "ade20k_150/images", ade / "images/training", dirs_exist_ok=True)
     shutil.copytree(SHARED / "ade20k_150/annotations", ade / "annotations/training", dirs_exist_ok=True)

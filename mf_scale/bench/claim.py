@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,16 @@ class Cell:
 
 
 def run_claim(asked: Asked, stops: list[str]) -> str:
-    """Train and evaluate what is not there yet; the table, which stands in FOLDER/claim.md and .json from the first run on.
+    """Train and evaluate what is not there yet; the table.
 
-    `stops` is the live list of stop signals. Raises UserError, FaultError where a run took too long, and
-    StoppedOnRequest; the same command goes on.
+    It stands in FOLDER/claim.md, and all numbers in claim.json, from the first finished run on. `stops` is the live
+    list of stop signals. Raises UserError, FaultError where a run took too long, and StoppedOnRequest; the same
+    command goes on.
     """
     config = _configuration(asked)
     pool = open_pool(asked.sources)
     _check(asked, config, pool)
+    models = {kind: _model(config, kind) for kind in KINDS}
     _keep_plan(asked, config, pool)
     text = ""
     for cell in cells(asked, config.optimizer.lr):
@@ -81,7 +83,7 @@ def run_claim(asked: Asked, stops: list[str]) -> str:
         sources.parent.mkdir(parents=True, exist_ok=True)
         make_split(pool, sources, seed=cell.seed, held_out=asked.held_out, bands=asked.bands)
         _train_and_evaluate(cell, asked, config, sources, stops)
-        text = _write(asked, config)
+        text = _write(asked, config, models)
     return text
 
 
@@ -193,10 +195,9 @@ def _evaluation(run: RunDir, split: str, steps: int) -> dict[str, Any] | None:
     return results if results is not None and results["step"] == steps else None
 
 
-def _write(asked: Asked, config: Config) -> str:
+def _write(asked: Asked, config: Config, models: Mapping[str, Any]) -> str:
     """FOLDER/claim.json and claim.md of all that is finished; the table."""
     done = [told for cell in cells(asked, config.optimizer.lr) if (told := _told(cell, asked, config)) is not None]
-    models = {kind: _model(config, kind) for kind in KINDS}
     summary = summarise(done, config.optimizer.lr, models, asdict(asked.bands))
     text = claim_table(summary)
     write_atomically(asked.folder / "claim.json", json.dumps(summary, indent=1))
@@ -233,7 +234,7 @@ def _numbers(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: Config, kind: str) -> dict[str, Any]:
-    """Trainable parameters, and FLOPs of a forward pass of one training crop, of backbone and of all."""
+    """Trainable parameters, and FLOPs of a forward pass of one training crop."""
     from mf_scale.plan.parts import count_parts, sum_of
 
     parts = count_parts(replace(config, model=replace(config.model, kind=kind)))

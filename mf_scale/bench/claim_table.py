@@ -22,23 +22,24 @@ def summarise(
 
     A difference is that of a kind to the first of `models`, of the same seeds, with the standard error of its mean.
     """
-    first = next(iter(models))
-    of_kind = {kind: {run["seed"]: run for run in runs if (run["kind"], run["rate"]) == (kind, rate)} for kind in models}
+    of_kind = {
+        kind: {run["seed"]: run for run in runs if (run["kind"], run["rate"]) == (kind, rate)} for kind in models
+    }
+    base = of_kind[next(iter(models))]
     rows: dict[str, Any] = {}
     for kind, own in of_kind.items():
-        rows[kind] = {"seeds": sorted(own), **{split: {} for split in _SPLITS}}
+        rows[kind] = {"seeds": sorted(own)}
         for split in _SPLITS:
-            for name in NUMBERS:
-                values = {seed: number(run, split, name) for seed, run in own.items()}
-                base = {seed: number(run, split, name) for seed, run in of_kind[first].items()}
-                pairs = [
-                    value - base[seed]
-                    for seed, value in values.items()
-                    if value is not None and base.get(seed) is not None
-                ]
-                known = [value for value in values.values() if value is not None]
-                rows[kind][split][name] = {**spread(known), "difference": None if kind == first else spread(pairs)}
+            rows[kind][split] = {name: _compared(own, base, split, name) for name in NUMBERS}
     return {"rate": rate, "bands": dict(bands), "models": dict(models), "rows": rows, "runs": list(runs)}
+
+
+def _compared(own: Mapping[int, Any], base: Mapping[int, Any], split: str, name: str) -> dict[str, Any]:
+    """Spread of a number over the seeds of a kind, and of its difference to the base kind, the same seeds' each."""
+    values = {seed: value for seed, run in own.items() if (value := number(run, split, name)) is not None}
+    bases = {seed: value for seed, run in base.items() if (value := number(run, split, name)) is not None}
+    pairs = [value - bases[seed] for seed, value in values.items() if seed in bases]
+    return {**spread(list(values.values())), "difference": None if own is base else spread(pairs)}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def number(run: Mapping[str, Any], split: str, name: str) -> float | None:
 
 
 def claim_table(summary: Mapping[str, Any]) -> str:
-    """Markdown, in percent: the models, both splits, the differences, and the learning rates where several were tried."""
+    """Markdown, in percent: models, both splits with differences, and learning rates where several were tried."""
     rows, bands = summary["rows"], summary["bands"]
     texts = [_models(summary)]
     for split, title in _SPLITS.items():
@@ -105,7 +106,10 @@ def _classes(summary: Mapping[str, Any]) -> str:
     runs = [run for run in summary["runs"] if (run["kind"], run["rate"]) == (kind, summary["rate"])]
     told = []
     for split, title in _SPLITS.items() if runs else ():
-        columns: list[Callable[[Mapping[str, Any]], int]] = [lambda part: part["classes"], lambda part: part["seen_classes"]]
+        columns: list[Callable[[Mapping[str, Any]], int]] = [
+            lambda part: part["classes"],
+            lambda part: part["seen_classes"],
+        ]
         columns += [lambda part, band=band: part[band]["classes"] for band in BANDS]  # type: ignore[misc]
         told.append(f"{title.lower()} {', '.join(_range([of(run[split]) for run in runs]) for of in columns)}")
     return f"Classes that a mean is over, by column: {'; '.join(told)}." if told else ""
@@ -125,7 +129,8 @@ def _rates(summary: Mapping[str, Any], rates: Sequence[float]) -> str:
 
 
 def _name(kind: str, row: Mapping[str, Any]) -> str:
-    return f"{kind} ({len(row['seeds'])} seeds)"
+    seeds = len(row["seeds"])
+    return f"{kind} ({seeds} seed{'' if seeds == 1 else 's'})"
 
 
 def _cells(part: Mapping[str, Any], cell: Callable[[Mapping[str, Any]], str]) -> list[str]:

@@ -38,6 +38,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--worker-rate", type=_rate, metavar="X", help="images/s of one loader process, as `mf-scale bench data` says"
     )
+    command.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what no configuration tells, several times: images, image_bytes, gpu_hours, ... (docs/scale.md)",
+    )
+    command.add_argument(
+        "--formulas", action="store_true", help="formulas of data, checkpoints and restarts in symbols"
+    )
     command.add_argument("--json", action="store_true", help="print all numbers as JSON")
     command.set_defaults(overrides=[])
 
@@ -77,7 +87,13 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
                 raise
             refused.append(str(error))
     if plans:
-        print(as_json(plans) if options.json else page(plans[0]) if len(files) == 1 else table(plans))
+        print(
+            as_json(plans)
+            if options.json
+            else table(plans)
+            if len(files) > 1
+            else page(plans[0], formulas=options.formulas)
+        )
     refused += [said for plan in plans if (said := refusal(plan)) is not None]
     for said in refused:
         print(f"mf-scale: {said}", file=sys.stderr)
@@ -102,6 +118,7 @@ def _memory(text: str) -> int:
 
 def _wanted(options: argparse.Namespace, *, several: bool) -> Wanted:
     """What is asked about; UserError for options that do not go together."""
+    from mf_scale.plan.assumed import parse_assumed
     from mf_scale.plan.planning import Wanted
 
     placed = options.nodes is not None or options.gpus_per_node is not None
@@ -134,4 +151,5 @@ def _wanted(options: argparse.Namespace, *, several: bool) -> Wanted:
         worker_rate=options.worker_rate,
         offloads=options.stages,
         activations=memory is not None or options.measure or not several,
+        assumed=parse_assumed(options.assume),
     )

@@ -34,6 +34,7 @@ from mf_scale.doctor.versions import judge_versions
 from mf_scale.doctor.wanted import Wanted
 from mf_scale.doctor.watch import Watch
 from mf_scale.errors import UserError
+from mf_scale.models.class_embeddings import class_rows
 from mf_scale.rundir import RunDir
 
 CONFIGURATION, MODEL, DOCTOR = "configuration", "model", "doctor"
@@ -108,14 +109,15 @@ def _model(wanted: Wanted, node: Node) -> tuple[ModelSize | None, list[Finding]]
     config = wanted.config
     assert config is not None
     known = node.sources.training or tuple(node.sources.opened)
-    classes = config.model.num_classes
-    if len({index.vocabulary.digest for index in known}) == 1:
-        classes = len(known[0].vocabulary)
+    one = known[0].vocabulary if len({index.vocabulary.digest for index in known}) == 1 else None
+    classes = config.model.num_classes if one is None else len(one)
     if classes is None:  # no source opens, or nobody says what their classes are together
         return None, []
     built: list[ModelSize] = []
 
     def build() -> list[Finding]:
+        if one is not None:
+            class_rows(config.model.class_embeddings, one)
         model = model_size(config, classes, Path(wanted.file), wanted.overrides)
         built.append(model)
         model.refuse_crop(config)

@@ -16,14 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mf_scale.evaluation.class_maximum import CLASSES_AT_ONCE, chunks, most_probable_class
 from mf_scale.evaluation.masks import BUDGET_ELEMENTS, COPIES, Extent, FactoredMasks, mask_logit, packed
 from mf_scale.models.outputs import MaskPrediction
 
 Segments = list[dict[str, Any]]
-_CLASSES_AT_ONCE = 1024
-"""In semantic inference: with more, a band has fewer rows, and the masks' cells on its edges are made for each band."""
-_SCORES_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-"""Class scores of a band's pixels: what stays in a CPU's cache until its maximum is taken; what fills a GPU."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,13 @@ def semantic(
     """
     (images, queries), classes = prediction.mask_embeddings.shape[:2], prediction.classifier.classes
     result = torch.empty((images, *size), dtype=torch.int64, device=prediction.pixel_embeddings.device)
-    class_chunk = min(classes, _CLASSES_AT_ONCE)
-    pixels = max(1, budget // (COPIES * queries + class_chunk))
+    pixels = max(1, budget // (COPIES * queries + min(classes, CLASSES_AT_ONCE)))
     for image in range(images):
-        weights = class_probabilities(prediction, image)[:, :-1]
+        likely_first = chunks(class_probabilities(prediction, image)[:, :-1])
         masks = FactoredMasks(prediction.mask_embeddings[image], prediction.pixel_embeddings[image], size, extent)
         for columns, strip in masks.strips(min(pixels, size[1])):
             for rows, logits in strip.bands(max(1, pixels // size[1])):
-                result[image, rows, columns] = _most_probable_class(weights, logits.sigmoid_(), class_chunk)
+                result[image, rows, columns] = most_probable_class(likely_first, logits.sigmoid_())
     return result
 
 
@@ -219,30 +215,3 @@ def _segments(
         values.append(len(segments))
         segments.append({"label": label, "thing": bool(things[label]), "score": score})
     return values, segments
-
-
-def _most_probable_class(weights: Tensor, masks: Tensor, class_chunk: int) -> Tensor:
-    """argmax over K of weights [Q,K]^T @ masks [Q,r,W], a block of pixels and a chunk of classes at a time.
-
-    Pixels are the product's rows, so that a maximum is taken along memory: on a CPU five times as fast at K = 10,000 as
-    across it, two times at 150.
-    """
-    pixels = masks.flatten(1).T
-    block = max(1, _SCORES_AT_ONCE.get(masks.device.type, _SCORES_AT_ONCE["cpu"]) // class_chunk)
-    found = [_best_of(pixels[start : start + block], weights, class_chunk) for start in range(0, len(pixels), block)]
-    return torch.cat(found).view(masks.shape[1:])
-
-
-def _best_of(pixels: Tensor, weights: Tensor, class_chunk: int) -> Tensor:
-    """argmax over K of pixels [n,Q] @ weights [Q,K], with a running maximum; of equal scores the lowest class wins."""
-    best = best_class = None
-    for start in range(0, weights.shape[1], class_chunk):
-        score, label = (pixels @ weights[:, start : start + class_chunk]).max(1)
-        label += start
-        if best is None or best_class is None:
-            best, best_class = score, label
-            continue
-        better = score > best
-        best, best_class = torch.where(better, score, best), torch.where(better, label, best_class)
-    assert best_class is not None, "there is at least one class"
-    return best_class

@@ -60,6 +60,11 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "duration": asdict(plan.duration),
         "data_path": asdict(plan.cores),
         "checkpoint": asdict(plan.checkpoints),
+        "scale": {
+            "figures": {f.name: {"value": f.value, "formula": f.symbols, "is": f.numbers} for f in plan.scale.figures},
+            "checkpoint_files": [asdict(written) for written in plan.scale.written],
+            "from": {name: asdict(known) for name, known in plan.scale.known.items()},
+        },
         "recompute_stages": list(config.model.backbone.recompute_stages),
         "compile": config.model.compile,
     }

@@ -13,6 +13,7 @@ from typing import Any
 from mf_scale.config.schema import Config
 from mf_scale.errors import UserError
 from mf_scale.plan.states import Tensors
+from mf_scale.plan.written import SavedModel, list_saved
 
 PRODUCT = "mask product"
 """The part that is no module: the last layer's embeddings times the pixel embeddings."""
@@ -38,8 +39,8 @@ def count_parts(config: Config, *, where: str = "configuration") -> tuple[Part, 
     return look_at_model(config, where=where)[0]
 
 
-def look_at_model(config: Config, *, where: str = "configuration") -> tuple[tuple[Part, ...], Tensors]:
-    """`count_parts`, and the tensors that ZeRO partitions; raises as it does."""
+def look_at_model(config: Config, *, where: str = "configuration") -> tuple[tuple[Part, ...], Tensors, SavedModel]:
+    """`count_parts`, the tensors that ZeRO partitions and those that checkpoints have; raises as it does."""
     if config.model.num_classes is None:
         raise UserError(
             "model.num_classes is not set, and there is no index of data.train here to tell it",
@@ -48,7 +49,7 @@ def look_at_model(config: Config, *, where: str = "configuration") -> tuple[tupl
         )
     try:
         model = bare_model(config)
-        return _count(model, config.data.crop), list_tensors(model, config)
+        return _count(model, config.data.crop), list_tensors(model, config), saved_model(model, config)
     except UserError:
         raise
     except Exception as error:  # timm's models and users' builders may refuse in any way; the reason is passed on
@@ -80,6 +81,13 @@ def list_tensors(model: Any, config: Config) -> Tensors:
         buffers=sum(b.nbytes for b in model.buffers()),
         saved=sum(value.nbytes for value in model.state_dict().values()),
     )
+
+
+def saved_model(model: Any, config: Config) -> SavedModel:
+    """What a checkpoint of `model`, an nn.Module, has of it."""
+    from mf_scale.training.optimizer import parameter_groups
+
+    return list_saved(model, [group["params"] for group in parameter_groups(model, config.optimizer)])
 
 
 def sum_of(parts: Sequence[Part]) -> Part:

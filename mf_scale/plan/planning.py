@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,12 @@ from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
 from mf_scale.config.validate import BatchPlan, plan_batch, validate
 from mf_scale.errors import UserError
+from mf_scale.models.class_embeddings import class_rows
+from mf_scale.plan.assumed import settle
 from mf_scale.plan.checkpoints import Checkpoints, count_checkpoints
 from mf_scale.plan.dataset import Dataset, look_at_dataset, worker_rate
 from mf_scale.plan.parts import Part, look_at_model, sum_of
+from mf_scale.plan.scale import Scale, look_at_scale
 from mf_scale.plan.sizes import divisors
 from mf_scale.plan.states import Layout, States, Tensors, count_states
 from mf_scale.plan.time import Cores, Duration, Rate, cores, duration
@@ -42,6 +45,8 @@ class Wanted:
     offloads: bool = False
     activations: bool = True
     """Trace a micro-batch; a table of configurations without a memory size does not."""
+    assumed: Mapping[str, float] = field(default_factory=dict)
+    """Of data and machines, by name, given."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Plan:
     duration: Duration
     cores: Cores
     checkpoints: Checkpoints
+    scale: Scale
 
     @property
     def ranks(self) -> int:
@@ -97,13 +103,17 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
     dataset = look_at_dataset(config)
     if config.model.num_classes is None and dataset.classes is not None:
         config = replace(config, model=replace(config.model, num_classes=dataset.classes))
-    parts, tensors = look_at_model(config, where=file)
+    if dataset.indexes:
+        class_rows(config.model.class_embeddings, dataset.indexes[0].vocabulary)
+    parts, tensors, saved = look_at_model(config, where=file)
     batches, refusal = _batches(config, wanted.ranks)
     cut = batches[-1] if refusal is None else None
     segments = _segments(config, dataset)
     found, measured, gpu, chosen = _on_gpus(file, config, wanted, tensors, cut, dataset, segments)
     worker = _worker(config, wanted, dataset)
-    took = duration(config, wanted.ranks, dataset.images, gpu)
+    known = settle(wanted.assumed, dataset, config.train.global_batch)
+    images = round(known["images"].value) if "images" in known else None
+    took = duration(config, wanted.ranks, images, gpu)
     return Plan(
         file=file,
         config=config,
@@ -121,6 +131,7 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
         duration=took,
         cores=cores(config, wanted.ranks, wanted.nodes, took.total, worker),
         checkpoints=count_checkpoints(tensors, config, wanted.ranks),
+        scale=look_at_scale(config, wanted.ranks, wanted.nodes, known, saved, took.total),
     )
 
 

@@ -118,7 +118,7 @@ def _replicated(tensors: Tensors, layout: Layout) -> States:
 
 def _flat(tensors: Tensors, layout: Layout) -> States:
     """Stages 1 and 2: each group's parameters lie in one flat tensor, cut into equal shares."""
-    padded = [_round_up(sum(group), _ALIGNMENT * layout.ranks) for group in tensors.groups]
+    padded = [flat_share(sum(group), layout.ranks) * layout.ranks for group in tensors.groups]
     shares = [size // layout.ranks * FP32 for size in padded]
     share, trained, own = sum(shares), tensors.trained * FP32, _largest_part(tensors.groups, layout.ranks) * FP32
     largest = max(map(max, tensors.groups)) * FP32
@@ -168,11 +168,16 @@ def _sharded(tensors: Tensors, layout: Layout) -> States:
     return States(layout, gpu, Held(weights=away), 0)
 
 
+def flat_share(elements: int, ranks: int) -> int:
+    """Stages 1 and 2: elements of a group that each rank has, the last one's padded."""
+    return _round_up(elements, _ALIGNMENT * ranks) // ranks
+
+
 def _largest_part(groups: Sequence[Sequence[int]], ranks: int) -> int:
     """Elements of the parameters that touch a rank's share, those at its borders whole; of the rank with the most."""
     parts = [0] * ranks
     for group in groups:
-        share = _round_up(sum(group), _ALIGNMENT * ranks) // ranks
+        share = flat_share(sum(group), ranks)
         for end, size in zip(accumulate(group), group, strict=True):
             for rank in range((end - size) // share, (end - 1) // share + 1):
                 parts[rank] += size

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from mf_scale.plan.fit import LEAST_MARGIN, MARGIN, Fit, Need
 from mf_scale.plan.planning import Plan
+from mf_scale.plan.scale_text import scale_lines
 from mf_scale.plan.sizes import GIB, shown
 from mf_scale.plan.states import Held
 
@@ -14,11 +15,12 @@ _WIDTH = 120
 _COLUMNS = [item.name for item in fields(Held)]
 
 
-def page(plan: Plan) -> str:
-    """One configuration in full."""
+def page(plan: Plan, *, formulas: bool = False) -> str:
+    """One configuration in full; with `formulas` in symbols too."""
     blocks = [_parts(plan), _batches(plan), _memory(plan), _fit(plan.fit), _run(plan), _data(plan)]
     text = "\n\n".join(block for block in (*blocks, _checkpoints(plan), _notes(plan)) if block)
-    return "\n".join([_head(plan), "", *map(_wrapped, text.split("\n"))])
+    scale = scale_lines(plan.scale, plan.ranks, plan.wanted.nodes, plan.config.zero.stage, formulas=formulas)
+    return "\n".join([_head(plan), "", *map(_wrapped, text.split("\n")), "", *scale])
 
 
 def _wrapped(line: str) -> str:
@@ -134,10 +136,12 @@ def refusal(plan: Plan) -> str | None:
 
 def _run(plan: Plan) -> str:
     took, config = plan.duration, plan.config
-    if took.epochs is None:
+    images = plan.scale.known.get("images")
+    if took.epochs is None or images is None:
         epochs = f"epochs unknown ({plan.dataset.note})"
     else:
-        epochs = f"{took.epochs:,.1f} epochs of {plan.dataset.images:,} images ({plan.dataset.note})"
+        source = "given" if images.source == "given" else plan.dataset.note
+        epochs = f"{took.epochs:,.1f} epochs of {images.value:,.0f} images ({source})"
     rank = "rank" if plan.measured_on == "CPU" and took.gpu is not None and took.gpu.source != "given" else "GPU"
     lines = [f"steps {took.steps:,}, images seen {took.images:,}, {epochs}: computed"]
     if took.gpu is None or took.hours is None or took.total is None:

@@ -58,6 +58,7 @@ class Segmentation:
     """[T]: class of each segment."""
 
 
+@functools.cache
 def class_color(label: int) -> tuple[int, int, int]:
     """The colour of a class, RGB: the same in every picture of every run; neighbours in the vocabulary differ."""
     hue = 2 * math.pi * ((label * _HUE_STEP) % 1.0)

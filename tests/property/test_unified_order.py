@@ -15,7 +15,7 @@ from mf_scale.data import index as index_module
 from mf_scale.data import kept, repeat
 from mf_scale.data.index import SCHEMA, Index
 from mf_scale.data.order import SampleOrder, Stream
-from mf_scale.data.repeat import STRIDE, UNIT, repeat_factors
+from mf_scale.data.repeat import STRIDE, UNIT, repeat_factors, sample_factors
 from mf_scale.unify import LEFT_OUT, UnifiedSource
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 
@@ -80,15 +80,13 @@ def mapped_sources(draw: Any) -> tuple[Index, Index]:
     block=st.integers(1, 200),
     seed=st.integers(0, 2**40),
     shuffle=st.sampled_from(["blocks", "full"]),
-    strides=st.sampled_from([1, 2, 1 << 10]),
     chunk=st.sampled_from([STRIDE, 4 * STRIDE, 1 << 18]),
 )
 def test_the_order_of_a_mapped_source_is_that_of_one_packed_so(
-    sources: tuple[Index, Index], threshold: float, block: int, seed: int, shuffle: str, strides: int, chunk: int
+    sources: tuple[Index, Index], threshold: float, block: int, seed: int, shuffle: str, chunk: int
 ) -> None:
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeat, "_STRIDES", strides)
         patch.setattr(repeat, "_CHUNK", chunk)
         patch.setattr(index_module, "_COUNTED", chunk)
         for index in sources:
@@ -115,21 +113,18 @@ def test_the_order_of_a_mapped_source_is_that_of_one_packed_so(
 
 
 def test_an_image_of_which_nothing_is_left_comes_once_and_a_folded_class_by_both_parts() -> None:
-    """100 images: 90 of class 0, 5 of class 1, 4 of class 2, 1 of class 3 beside class 0 in the first."""
-    lists: Lists = [[0] for _ in range(90)] + [[1] for _ in range(5)] + [[2] for _ in range(4)] + [[0, 3]]
-    index = index_of(lists, 4, [100])
-    bounds = index.block_bounds(16)
+    """100 images: 90 of class 0, 5 of class 1, 4 of class 2, the last of classes 0 and 3."""
+    index = index_of([[0]] * 90 + [[1]] * 5 + [[2]] * 4 + [[0, 3]], 4, [100])
 
-    def copies(labels: list[int]) -> np.ndarray:
+    def factors(labels: list[int]) -> np.ndarray:
         seen = index.seen_as(vocabulary(3), way_by(labels, 3))
-        factors = repeat_factors(seen, 0.2, bounds)
-        return np.bincount(factors.samples_of(np.arange(factors.length), 0), minlength=100)
+        made = repeat_factors(seen, 0.2, index.block_bounds(16))
+        return sample_factors(seen, made.class_factors, 0, 100) / UNIT
 
-    folded = copies([0, 1, 1, LEFT_OUT])
-    assert (folded[:90] == 1).all() and folded[99] == 1, "class 3 counts no more"
-    assert 9 * np.sqrt(0.2 / 0.09) - 1 <= folded[90:99].sum() <= 9 * np.sqrt(0.2 / 0.09) + 2
-    without = copies([0, LEFT_OUT, 1, 2])
-    assert (without[90:95] == 1).all() and without[99] in (4, 5) and 8 <= without[95:99].sum() <= 10
+    share = np.array([0.2, 0.2, 0.2, 0.2])
+    folded, left_out = factors([0, 1, 1, LEFT_OUT]), factors([0, LEFT_OUT, 1, 2])
+    assert np.allclose(folded[[0, 90, 95, 99]], np.maximum(1, share / [1, 0.09, 0.09, 1]) ** 0.5, atol=1e-4)
+    assert np.allclose(left_out[[0, 90, 95, 99]], np.maximum(1, share / [1, 1, 0.04, 0.01]) ** 0.5, atol=1e-4)
 
 
 def test_sums_that_are_kept_of_one_map_are_not_taken_for_those_of_another(

@@ -1,9 +1,11 @@
-"""`mf-scale bench loss`: what it measures, prints and writes, and the arithmetic that a GPU adds."""
+"""`mf-scale bench loss` and `classes`: what they measure, print and write; the arithmetic that a GPU adds."""
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,15 +13,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from mf_scale.bench import class_ways, classes, floor, launches
 from mf_scale.bench import contestants as room
-from mf_scale.bench import floor, launches
 from mf_scale.bench import loss as bench
+from mf_scale.bench.class_ways import Sizes
 from mf_scale.bench.contestants import contestants, leaf_copy
 from mf_scale.bench.inputs import Shape, make_inputs
 from mf_scale.bench.loss import bench_loss, differences
 from mf_scale.bench.table import table
 from mf_scale.cli import main
 from mf_scale.data.batch import NONE
+from mf_scale.errors import UserError
 from mf_scale.losses.criterion import Criterion
 
 TINY = Shape(images=2, queries=6, segments=3, cells=8, size=32, layers=2, channels=4, classes=5)
@@ -159,3 +163,41 @@ def test_the_rows_of_a_gpu_are_shown(monkeypatch):
     assert "floor: not measured: ZeroDivisionError" in table(
         {**summary, "absent": "", "results": results, "floor": failed}
     )
+
+
+SMALL_SIZES = Sizes(images=2, layers=2, queries=6, segments=4, width=8, size=32, budget=1)
+
+
+def test_classes_are_measured_by_both_ways_and_agree(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    sizes = [f"--{name}={value}" for name, value in vars(SMALL_SIZES).items()]
+    assert main(["bench", "classes", "--classes", "30", "7", *sizes, "--repeats", "1", "--json", str(file)]) == 0
+    text, summary = capsys.readouterr().out, json.loads(file.read_text())
+    assert text.strip() == classes.table(summary) and summary["sizes"] == vars(SMALL_SIZES)
+    for name, limits in (("class terms", {"loss": 1e-5, "gradients": 1e-5}), ("inference", {"pixels": 0.01})):
+        rows = summary["results"][name]
+        assert [row["classes"] for row in rows] == [7, 30]
+        for row in rows:
+            assert row["faster"] == row["dense_ms"] / row["ours_ms"] and row["ours_mib"] >= 0
+            assert row["differences"].keys() == limits.keys()
+            assert all(row["differences"][key] <= limit for key, limit in limits.items()), row
+
+
+@pytest.mark.parametrize("made", [class_ways.class_terms, class_ways.inference])
+def test_a_wrong_way_is_shown(made, monkeypatch):
+    """The differences are those of what was computed, gradients too."""
+    way = made(SMALL_SIZES, 7, torch.device("cpu"))
+    right, other = copy.deepcopy(way.ours()), copy.deepcopy(way.dense())
+    if isinstance(right, torch.Tensor):
+        right[0, 0] += 1
+    else:
+        right["gradients"][1][3] *= 1.5
+    assert max(way.differences(right, other).values()) > 1e-4
+
+
+def test_the_dense_way_is_left_out_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(classes, "free_bytes", lambda device: 1000)
+    text = classes.bench_classes(SMALL_SIZES, [7], repeats=1, json_file=None)
+    assert text.count("not measured: it keeps 0 GiB at the least") == 2
+    with pytest.raises(UserError, match="--queries 0"):
+        classes.bench_classes(replace(SMALL_SIZES, queries=0), [7], repeats=1, json_file=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
+from mf_scale.data.index import Index
 from mf_scale.distributed.env import World
+from mf_scale.doctor.examination import _model
+from mf_scale.doctor.finding import PROBLEM
+from mf_scale.doctor.node import Node, Sources
+from mf_scale.doctor.wanted import Wanted
 from mf_scale.errors import UserError
 from mf_scale.evaluation.loading import load_model
 from mf_scale.evaluation.runner import evaluate_run
@@ -28,6 +35,7 @@ from mf_scale.models.outputs import Classifier
 from mf_scale.models.text_head import CLASS_ROWS, FIRST_SCALE, LARGEST_SCALE, TextClassHead
 from mf_scale.plan.activations import Tracer
 from mf_scale.plan.parts import count_parts
+from mf_scale.plan.planning import plan_config
 from mf_scale.rundir import RunDir
 from mf_scale.training.initial import initial_model
 from mf_scale.training.optimizer import parameter_groups
@@ -129,6 +137,19 @@ def test_what_is_wrong_with_a_file_is_said_before_training(
     with pytest.raises(UserError, match=sentence):
         examine(config, RunDir(tmp_path / "run"), World(), lock)
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_and_doctor_say_it_too(tmp_path: Path, painted: str) -> None:
+    np.save(tmp_path / "x.npy", np.ones((3, 8), np.float32))
+    said = [f"data.train={painted}", f"model.class_embeddings={tmp_path / 'x.npy'}", "train.global_batch=2"]
+    sentence = r"3 rows, vocabulary 'painted' has 4"
+    with pytest.raises(UserError, match=sentence):
+        plan_config("configs/base.yaml", said, 1)
+    config = load_config("configs/base.yaml", said)
+    wanted = Wanted("configs/base.yaml", tuple(said), config, None, 1, 60.0, 0.0, False, False, False)
+    node = Node(sources=Sources(opened=[Index.open(Path(painted))]))
+    model, (found,) = _model(wanted, node)
+    assert model is None and found.level == PROBLEM and re.search(sentence, found.text)
 
 
 @pytest.fixture(scope="module")

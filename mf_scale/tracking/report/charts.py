@@ -45,6 +45,8 @@ MOST_TEXTS = 60
 MOST_POINTS = 400
 """Points a line is drawn with at most; longer series are averaged over equal stretches."""
 _STACK_POINTS = 120
+_LONGEST_NAME = 36
+"""Letters of a class beside its bar: ADE20K-Full's names of all synonyms would leave the bars no room."""
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)))
 
 
@@ -123,7 +125,8 @@ def draw_bars(names: Sequence[str], values: Sequence[float], title: str) -> byte
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.barh(range(len(names)), values, color=SERIES[0], height=0.72)
-        axes.set_yticks(range(len(names)), names)
+        shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+        axes.set_yticks(range(len(names)), shown)
         axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), title=title)
         axes.grid(axis="y", visible=False)
         for row, value in enumerate(values):

@@ -118,15 +118,16 @@ def band_table(evaluation: Mapping[str, Any], rows: Sequence[ClassRow], name: st
     known = [band for band in _BANDS if isinstance(bands.get(band), Mapping)]
     measures = [m for m in ("mIoU", "PQ", "AP") if any(bands[band].get(m) is not None for band in known)]
     measures.sort(key=lambda m: m != mean_of(measure))
-    columns = [Column("band", text=True), Column("classes"), Column("in the split"), *map(Column, measures)]
-    columns.append(_lost_column(measure))
+    columns = [Column("band", text=True), Column("classes", about="that occur in the split, of the band's")]
+    columns += [*map(Column, measures), _lost_column(measure)]
     cells: list[list[Cell | str]] = []
     for band in known:
         own = [row for row in rows if row.band == band]
         values = [bands[band].get(m) for m in measures]
         bars = [Cell(percent(v), bar=v) if v is not None else "-" for v in values]
         lost = number(100 * sum(row.lost for row in own), 2)
-        cells.append([band, count(bands[band].get("classes")), count(len(own)), *bars, lost])
+        classes = f"{count(len(own))} of {count(bands[band].get('classes'))}"
+        cells.append([band, classes, *bars, lost])
     return Table(f"bands-{name}", "By frequency band", columns, cells)
 
 

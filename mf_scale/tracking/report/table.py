@@ -97,7 +97,8 @@ def count(value: float | None) -> str:
 
 def _row(row: Sequence[Cell | str]) -> str:
     first, *rest = row
-    return "<tr>" + _cell('<th scope="row"', first) + "".join(_cell("<td", cell) for cell in rest)
+    end = "</tr>" if rest and rest[-1] in ("", Cell("")) else ""  # with a line break in it the last cell is not empty
+    return "<tr>" + _cell('<th scope="row"', first) + "".join(_cell("<td", cell) for cell in rest) + end
 
 
 def _cell(tag: str, cell: Cell | str) -> str:
@@ -106,7 +107,8 @@ def _cell(tag: str, cell: Cell | str) -> str:
     bar = f' class="bar" style="--v:{100 * min(max(cell.bar, 0.0), 1.0):.1f}%"' if cell.bar is not None else ""
     dot = f'<i class="dot" style="background:{escape(cell.color)}"></i>' if cell.color else ""
     small = f" <small>{escape(cell.small)}</small>" if cell.small else ""
-    return f"{tag}{bar}>{dot}<span>{escape(cell.text)}{small}</span>"
+    said = f"<span>{escape(cell.text)}{small}</span>" if cell.text or small else ""  # none: a phone leaves it out
+    return f"{tag}{bar}>{dot}{said}"
 
 
 def _rule(table: Table, columns: Sequence[int], rule: str) -> str:
