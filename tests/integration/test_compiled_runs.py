@@ -65,7 +65,8 @@ def test_checkpoints_go_from_compiled_to_eager_and_the_losses_agree(compiled, tm
     for name, wish in (("eager", "model.compile=false"), ("compiled", "model.compile=true")):
         other = _copy(run, tmp_path / name, packed)
         (other.folder / "metrics.jsonl").unlink()
-        done = other.train(*SHORT, wish, "model.decoder.dropout=0", timeout=800, **environment)
+        # One rank: two compile the same graphs side by side.
+        done = other.train(*SHORT, wish, "model.decoder.dropout=0", processes=1, timeout=800, **environment)
         assert done.returncode == 0, done.stderr
         losses.append([other.series(event, "loss") for event in ("step", "validation")])
     for eager, with_compiler in zip(*losses, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.program import SMALL
+from tests.integration.program import SMALL, zero
 from tests.integration.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("curve_ranks.py")
@@ -48,7 +48,7 @@ def scenarios_of(ranks: int) -> dict[str, Any]:
     for stage, kind in product(STAGES, kinds_of(ranks)):
         options = KINDS[kind]
         # A rate at which 5 steps do not reach the point where some query is matched to another segment.
-        layout = [f"zero.stage={stage}", f"train.micro_batch={MICRO[ranks][stage]}", "optimizer.lr=1e-4"]
+        layout = [*zero(stage), f"train.micro_batch={MICRO[ranks][stage]}", "optimizer.lr=1e-4"]
         overrides = [*SMALL, "data.workers=0", "model.decoder.dropout=0", *layout]
         if options.get("recompute"):
             overrides += ["model.backbone.recompute_stages=[1,2,3,4]"]

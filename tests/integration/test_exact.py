@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mf_scale.tracking.metrics import read_metrics
-from tests.integration.program import SMALL
+from tests.integration.program import SMALL, zero
 from tests.integration.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("exact_ranks.py")
@@ -31,7 +31,7 @@ RANDOM = [
 
 
 def overrides(folder: Path, packed: Path, stage: int, precision: str) -> list[str]:
-    layout = [f"zero.stage={stage}", f"train.precision={precision}", f"train.micro_batch={1 + stage % 2}"]
+    layout = [*zero(stage), f"train.precision={precision}", f"train.micro_batch={1 + stage % 2}"]
     return [*SMALL, *RANDOM, *layout, f"data.train={packed}/train", f"run_dir={folder}"]
 
 

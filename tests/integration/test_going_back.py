@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from mf_scale.tracking.metrics import read_metrics
-from tests.integration.program import SMALL
+from tests.integration.program import SMALL, zero
 from tests.integration.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("exact_ranks.py")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 GUARD = ["guard.spike_factor=20", "guard.spike_window=2", "guard.spike_skip=2", "guard.spike_rollbacks=1"]
 LAYOUT = [
-    "zero.stage=3",
+    *zero(3),
     "ema.decay=0.9",
     "checkpoint.every_steps=2",
     "checkpoint.keep_last=9",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.program import SMALL, Run
+from tests.integration.program import ONE_THREAD, SMALL, Run
 
 pytestmark = pytest.mark.integration
 SHORT = ["train.hang_timeout=4", "train.steps=6", "checkpoint.every_steps=2"]
@@ -50,7 +50,7 @@ def train_suspended(run: Run) -> None:
         stdout=log,
         stderr=log,
         start_new_session=True,
-        env={**os.environ, "MF_SCALE_FAULT": "freeze train.step step=3"},
+        env={**os.environ, **ONE_THREAD, "MF_SCALE_FAULT": "freeze train.step step=3"},
     )
     try:
         ranks = wait_until_stopped(child)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.program import SMALL, Run
+from tests.integration.program import SMALL, Run, zero
 from tests.integration.ranks import run_ranks
 from tests.integration.test_stops import history
 
@@ -20,7 +20,7 @@ STEPS = ["train.steps=6", "checkpoint.every_steps=2", "ema.decay=0.9", "tracking
 
 
 def layout(stage: int) -> list[str]:
-    return [*STEPS, f"zero.stage={stage}", f"train.precision={STAGES[stage]}"]
+    return [*STEPS, *zero(stage), f"train.precision={STAGES[stage]}"]
 
 
 def run_all(folder: Path, packed: Path, names: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mf_scale.tracking.metrics import read_metrics
-from tests.integration.program import SMALL
+from tests.integration.program import SMALL, zero
 from tests.integration.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("looks_ranks.py")
@@ -32,7 +32,7 @@ JOBS: dict[str, tuple[list[str], list[str]]] = {
         ["ema.decay=0.9", *LOOKED],
         ["stop evaluation.image rank=1 step=3", "stop evaluation.image step=6", ""],
     ),
-    "gathered": (["zero.stage=3", "ema.decay=0.9", *LOOKED, "train.straggler_every=3"], [LATE]),
+    "gathered": ([*zero(3), "ema.decay=0.9", *LOOKED, "train.straggler_every=3"], [LATE]),
     "raw": (["zero.stage=0", *LOOKED, "eval.metrics_every_steps=6", "checkpoint.every_steps=0"], [""]),
 }
 """Overrides and the fault of each start. No save makes the ranks' statistics alike before "raw" is evaluated."""

@@ -19,7 +19,7 @@ import pytest
 from data_tools.__main__ import main as tools
 from mf_scale.cli import main
 from mf_scale.errors import EXIT_FAULT
-from tests.integration.program import SMALL, Run
+from tests.integration.program import LARGER, SMALL, Run
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -222,11 +222,11 @@ def test_a_full_disk_leaves_the_run_alive_and_the_older_checkpoints_intact(tmp_p
         pytest.skip("this machine does not allow mounting a tmpfs")
     try:
         run = Run(folder / "run", packed)
-        done = run.train("train.steps=4", "tracking.wandb=disabled")
+        done = run.train("train.steps=4", "tracking.wandb=disabled", LARGER)
         assert done.returncode == 0, done.stderr
         free = shutil.disk_usage(folder).free
         (folder / "ballast").write_bytes(bytes(free - 6 * 2**20))
-        full = run.train("train.steps=10", "tracking.wandb=disabled")
+        full = run.train("train.steps=10", "tracking.wandb=disabled", LARGER)
         assert full.returncode == EXIT_FAULT, full.stderr  # space may come back: worth another start
         assert "Traceback" not in full.stderr
         assert "the run goes on" in full.stderr
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_the_run_alive_and_the_older_checkpoints_intact(tmp_p
         assert full.stderr.count("mf-scale: ") == 1
         assert run.last_step() == 10
         (folder / "ballast").unlink()
-        again = run.train("train.steps=10", "tracking.wandb=disabled")
+        again = run.train("train.steps=10", "tracking.wandb=disabled", LARGER)
         assert again.returncode == 0, again.stderr
         assert "at step 4" in again.stderr
         assert list(run.series("step", "loss")) == list(range(1, 11))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mf_scale.rundir import RunDir, checkpoint_damage, checkpoint_step, committed_checkpoints
-from tests.integration.program import Run
+from tests.integration.program import LARGER, Run
 
 pytestmark = pytest.mark.integration
 STEPS = 12
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(
                 wait_for("save_failed")
             else:
                 seen["save_failed"] = steps(run)
-                for _ in range(60):  # what the run removes meanwhile is filled again
+                for _ in range(30):  # what the run removes meanwhile is filled again
                     time.sleep(0.1)
                     fill(ballast, left)
                 seen["written"] = [run.last_step()]
@@ -171,8 +171,8 @@ def test_a_disk_that_is_full_for_a_while_costs_the_saves_of_that_time(
 
     disturber = threading.Thread(target=fill_and_empty)
     disturber.start()
-    last = 40 if left else 160
-    done = run.train(f"train.steps={last}", *SETTINGS[1:], "checkpoint.every_steps=4")
+    last = 40 if left else 96
+    done = run.train(f"train.steps={last}", *SETTINGS[1:], "checkpoint.every_steps=4", LARGER)
     disturber.join()
     assert done.returncode == 0, done.stderr
     if not left:

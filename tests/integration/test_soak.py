@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.program import Run
+from tests.integration.program import LARGER, Run, zero
 
 FAULTS = ("kill everyone", "kill rank 0", "stop rank 0")
 
@@ -19,12 +19,12 @@ FAULTS = ("kill everyone", "kill rank 0", "stop rank 0")
 def test_random_faults_lose_nothing(tmp_path: Path, packed: Path, request: pytest.FixtureRequest) -> None:
     faults = request.config.getoption("--faults")
     steps = f"train.steps={6 * faults + 6}"
-    reference = Run(tmp_path / "reference", packed)
+    reference = Run(tmp_path / "reference", packed, LARGER)
     assert reference.train(steps, timeout=1800).returncode == 0
-    run, chance = Run(tmp_path / "faulty", packed), random.Random(0)
+    run, chance = Run(tmp_path / "faulty", packed, LARGER), random.Random(0)
     for number in range(faults):
         fault = chance.choice(FAULTS)
-        layout = [f"zero.stage={chance.choice((0, 1, 2, 3))}", f"data.workers={chance.choice((0, 1, 2))}"]
+        layout = [*zero(chance.choice((0, 1, 2, 3))), f"data.workers={chance.choice((0, 1, 2))}"]
         processes = chance.choice((1, 2))
         if processes == 1:
             fault = "stop rank 0" if fault == "kill rank 0" else fault

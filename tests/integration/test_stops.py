@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mf_scale.tracking.metrics import read_metrics
-from tests.integration.program import SMALL
+from tests.integration.program import SMALL, zero
 from tests.integration.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("exact_ranks.py")
@@ -96,7 +96,7 @@ def test_stops_at_random(tmp_path: Path, packed: Path, request: pytest.FixtureRe
         point = chance.choice(points)
         step = chance.randrange(1, STEPS) if point in ("train.forward", "train.step") else 4
         faults.append(f"stop {point} rank={chance.randrange(2)} step={step}")
-    more = [f"zero.stage={chance.choice((0, 1, 2, 3))}", f"data.workers={chance.choice((0, 1, 2))}"]
+    more = [*zero(chance.choice((0, 1, 2, 3))), f"data.workers={chance.choice((0, 1, 2))}"]
     stop_and_go_on(tmp_path, packed, faults, *more)
     for number, fault in enumerate(faults):
         print(number, fault, more)

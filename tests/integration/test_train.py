@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.program import Run
+from tests.integration.program import LARGER, Run
 
 pytestmark = pytest.mark.integration
 STEPS = "train.steps=10"
@@ -17,7 +18,7 @@ STEPS = "train.steps=10"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs") / "undisturbed", packed)
+    run = Run(tmp_path_factory.mktemp("runs") / "undisturbed", packed, LARGER)
     done = run.train(STEPS)
     assert done.returncode == 0, done.stderr
     return run
@@ -54,7 +55,7 @@ def test_training_again_finds_nothing_to_do(undisturbed: Run) -> None:
 
 
 def test_kill_9_of_everything_goes_on_from_the_last_commit(tmp_path: Path, packed: Path, undisturbed: Run) -> None:
-    run = Run(tmp_path / "killed", packed)
+    run = Run(tmp_path / "killed", packed, LARGER)
     assert run.train_until(6, signal.SIGKILL, STEPS, everyone=True) == -signal.SIGKILL
     done = run.train(STEPS)
     assert done.returncode == 0, done.stderr
@@ -64,7 +65,7 @@ def test_kill_9_of_everything_goes_on_from_the_last_commit(tmp_path: Path, packe
 
 def test_sigterm_to_one_rank_commits_and_resumes_elsewhere(tmp_path: Path, packed: Path, undisturbed: Run) -> None:
     """Two ranks with one worker each are stopped; one rank without workers, at another ZeRO stage, goes on."""
-    run = Run(tmp_path / "stopped", packed)
+    run = Run(tmp_path / "stopped", packed, LARGER)
     assert run.train_until(5, signal.SIGTERM, STEPS) == 85
     stop = [r for r in run.records() if r["event"] == "stop"][-1]
     assert stop["reason"] == "SIGTERM"
@@ -76,8 +77,8 @@ def test_sigterm_to_one_rank_commits_and_resumes_elsewhere(tmp_path: Path, packe
 
 
 def test_a_damaged_checkpoint_is_walked_back_from(tmp_path: Path, packed: Path, undisturbed: Run) -> None:
-    run = Run(tmp_path / "damaged", packed)
-    assert run.train("train.steps=10").returncode == 0
+    run = Run(tmp_path / "damaged", packed, LARGER)
+    shutil.copytree(undisturbed.folder, run.folder, symlinks=True)
     weights = run.folder / "checkpoints/step-00000010/weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
@@ -92,14 +93,14 @@ def test_a_damaged_checkpoint_is_walked_back_from(tmp_path: Path, packed: Path, 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path, packed: Path) -> None:
     """Its loader workers live on for some seconds; the same command must not find the directory taken."""
-    run = Run(tmp_path / "alone", packed)
+    run = Run(tmp_path / "alone", packed, LARGER)
     assert run.train_until(2, signal.SIGKILL, STEPS, processes=1) == -signal.SIGKILL
     done = run.train("train.steps=3", processes=1)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_stop_right_after_the_start_is_not_lost(tmp_path: Path, packed: Path) -> None:
-    run = Run(tmp_path / "early", packed)
+    run = Run(tmp_path / "early", packed, LARGER)
     for delay in (0.15, 0.4):
         child = subprocess.Popen(run.command("train.steps=400"), stderr=subprocess.PIPE, text=True)
         try:
@@ -115,7 +116,7 @@ def test_a_stop_right_after_the_start_is_not_lost(tmp_path: Path, packed: Path) 
 
 def test_what_a_line_tells_is_written_before_a_stop(tmp_path: Path, packed: Path) -> None:
     """Lines are means over `log_every` steps; a stop in between writes the mean of the steps so far."""
-    run = Run(tmp_path / "lines", packed)
+    run = Run(tmp_path / "lines", packed, LARGER)
     assert run.train("train.steps=10", "train.log_every=4", "data.val=null", processes=1).returncode == 0
     assert list(run.series("step", "loss")) == [4, 8, 10]
     more = ["train.steps=400", "train.log_every=1000", "checkpoint.every_steps=0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mf_scale.rundir import RunDir
 from mf_scale.tracking.launches import Launch, read_launches
-from tests.integration.program import SMALL, Run
+from tests.integration.program import LARGER, SMALL, Run
 from tests.slurm.processes import Process
 from tests.slurm.testbed import Cluster
 
@@ -17,7 +17,7 @@ SCRIPT = ROOT / "launch/multinode.sh"
 ENVIRONMENT = {"MF_ROOT": str(ROOT), "MF_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MF_DOCTOR": "0"}
 """Of the jobs: the doctor takes a start of its own, so it is on where it is tested."""
 STEPS = 40
-OURS = ["train.global_batch=8", "train.stop_before=0", "checkpoint.every_steps=5", "tracking.wandb=offline"]
+OURS = [LARGER, "train.global_batch=8", "train.stop_before=0", "checkpoint.every_steps=5", "tracking.wandb=offline"]
 """Two nodes with two ranks each take two samples a rank; the tests' clusters end jobs sooner than stop_before."""
 
 

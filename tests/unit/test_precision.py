@@ -101,6 +101,18 @@ def test_products_in_half_precision_are_summed_in_fp32_and_it_is_said() -> None:
     assert [getattr(products, name) for name in HALF_SUMS] == [False] * 3
 
 
+def test_the_number_of_threads_that_sum_on_a_cpu_is_said() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        (note,) = set_numerics(config(), CPU)
+    finally:
+        torch.set_num_threads(before)
+    assert "by 3 threads (OMP_NUM_THREADS), another number rounds otherwise" in note
+    (note,) = set_numerics(config(), torch.device("cuda"))
+    assert "OMP_NUM_THREADS" not in note
+
+
 def test_deterministic_mode_switches_off_what_breaks_it_and_says_so() -> None:
     wanted = config("train.deterministic=true")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":1:1"
