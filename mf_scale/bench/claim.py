@@ -7,6 +7,7 @@ are compared in pairs. What is finished is not done again, what was cut off goes
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -109,8 +110,10 @@ def _check(asked: Asked, config: Config, pool: Sequence[Index]) -> None:
         raise UserError(f"{asked.held_out} of {samples} samples cannot be held out", where="--held-out")
     if asked.bands.rare >= asked.bands.common:
         raise UserError("a class is common from more images on than it is rare up to", where="--rare, --common")
-    if len(set(asked.seeds)) < len(asked.seeds):
-        raise UserError("a seed is named twice", where="--seeds")
+    if len(set(asked.seeds)) < len(asked.seeds) or min(asked.seeds) < 0:
+        raise UserError("seeds are whole numbers from 0, each named once", where="--seeds")
+    if not all(0 < rate < math.inf for rate in asked.rates):
+        raise UserError("a learning rate is a number above 0", where="--rates")
     check_vocabulary(config, pool[0].packed, where=where)
     for kind in KINDS:  # all of it before the first of them is trained
         data = replace(config.data, train=asked.sources[0], val=asked.sources[0])

@@ -20,6 +20,8 @@ from mf_scale.matching.class_cost import class_probabilities
 from mf_scale.models.outputs import Classifier, MaskPrediction
 
 NO_OBJECT_WEIGHT = 0.1
+_SURE = 16.0
+"""Logit of a query's own class; the others' have a spread of about 1."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,29 @@ def class_terms(sizes: Sizes, classes: int, device: torch.device) -> Way:
 
 
 def inference(sizes: Sizes, classes: int, device: torch.device) -> Way:
-    """Semantic inference of one image: the class of every pixel, from the embeddings."""
+    """Semantic inference of one image by a model that is sure of nothing, so that every class has to be looked at."""
+    return _inference("inference", False, sizes, classes, device)
+
+
+def inference_sure(sizes: Sizes, classes: int, device: torch.device) -> Way:
+    """The same where each query is sure of a class, or of no-object, as after training."""
+    return _inference("inference, sure", True, sizes, classes, device)
+
+
+def _inference(name: str, sure: bool, sizes: Sizes, classes: int, device: torch.device) -> Way:
     generator = torch.Generator().manual_seed(classes)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device)
 
     cells, result = -(-sizes.size // 4), (sizes.size, sizes.size)
-    prediction = MaskPrediction(
-        normal(1, sizes.queries, sizes.width),
-        normal(1, sizes.queries, sizes.width, scale=3 / sizes.width**0.5),
-        normal(1, sizes.width, cells, cells),
-        Classifier(normal(classes + 1, sizes.width, scale=4 / sizes.width**0.5), normal(classes + 1, scale=0.1)),
-    )
+    rows = normal(classes + 1, sizes.width, scale=1 / sizes.width**0.5)
+    own = torch.randint(0, classes, (sizes.queries,), generator=generator)
+    own[::2] = classes
+    queries = _SURE * rows[own.to(device)] if sure else normal(sizes.queries, sizes.width, scale=0.1)
+    masks = normal(1, sizes.queries, sizes.width, scale=3 / sizes.width**0.5)
+    pixels = normal(1, sizes.width, cells, cells)
+    prediction = MaskPrediction(queries[None], masks, pixels, Classifier(rows))
 
     def ours() -> Tensor:
         with torch.inference_mode():
@@ -124,7 +136,7 @@ def inference(sizes: Sizes, classes: int, device: torch.device) -> Way:
             return torch.einsum("qk,qhw->khw", weights, masks).argmax(0)
 
     dense_bytes = 4 * sizes.size**2 * (classes + 2 * sizes.queries)
-    return Way("inference", ours, dense, dense_bytes, _pixel_differences)
+    return Way(name, ours, dense, dense_bytes, _pixel_differences)
 
 
 def _class_differences(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from mf_scale.bench.class_ways import Sizes, Way, class_terms, inference
+from mf_scale.bench.class_ways import Sizes, Way, class_terms, inference, inference_sure
 from mf_scale.bench.memory import peak_over_inputs
 from mf_scale.bench.timing import timed
 from mf_scale.errors import UserError
 from mf_scale.rundir import disk_errors
 
-_MEASURED: tuple[Callable[[Sizes, int, torch.device], Way], ...] = (class_terms, inference)
+_MEASURED: tuple[Callable[[Sizes, int, torch.device], Way], ...] = (class_terms, inference, inference_sure)
 _COLUMNS = (
     ("classes", "classes", ",d"),
     ("ours ms", "ours_ms", ",.0f"),
@@ -88,11 +88,12 @@ def free_bytes(device: torch.device) -> int:
 def table(summary: dict[str, Any]) -> str:
     """What `bench_classes` sums up, for people."""
     sizes, lines = summary["sizes"], []
+    of_image = f": {sizes['size']}x{sizes['size']}, {sizes['queries']} queries, a budget of {sizes['budget']} MiB"
     titles = {
         "class terms": f"class cost, loss and gradients: {sizes['images']} images, {sizes['layers']} layers, "
         f"{sizes['queries']} queries of {sizes['width']} channels, {sizes['segments']} segments",
-        "inference": f"semantic inference: {sizes['size']}x{sizes['size']}, {sizes['queries']} queries, a budget of "
-        f"{sizes['budget']} MiB",
+        "inference": "semantic inference, every class looked at" + of_image,
+        "inference, sure": "semantic inference, every query sure of a class or of none" + of_image,
     }
     for name, rows in summary["results"].items():
         lines.append(f"{titles[name]} · {summary['device']} · median of {summary['repeats']}")

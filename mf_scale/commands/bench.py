@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mf_scale.commands.arguments import OVERRIDES, add_command, count
+from mf_scale.commands.arguments import OVERRIDES, add_command, add_processes, count, wanted_ranks
 
 
 def add(commands: Any) -> None:
@@ -126,9 +126,9 @@ def _add_claim(parts: Any) -> None:
         ("held-out", 100, "images that are not trained on but evaluated, other ones with each seed"),
         ("rare", 2, "training images up to which a class is rare"),
         ("common", 5, "training images up to which a class is common"),
-        ("processes", 1, "ranks on this machine"),
         ("minutes", 120, "that one training or evaluation may take"),
     )
+    add_processes(command)
 
 
 def _add_counts(command: argparse.ArgumentParser, *arguments: tuple[str, int, str]) -> None:
@@ -194,8 +194,9 @@ def _run_claim(options: argparse.Namespace, _: list[str]) -> int:
     from mf_scale.bench.claim import Asked, run_claim
     from mf_scale.bench.claim_split import Bands
 
-    names = ("config", "overrides", "seeds", "rates", "held_out", "processes", "minutes")
+    names = ("config", "overrides", "seeds", "rates", "held_out", "minutes")
     told = {name: getattr(options, name) for name in names}
+    told["processes"] = wanted_ranks(options.processes)
     bands, folder = Bands(options.rare, options.common), Path(options.folder)
     print(run_claim(Asked(**told, sources=options.source, folder=folder, bands=bands), stops))
     return 0

@@ -74,7 +74,7 @@ def _feistel(value: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarra
 def _by_tables(first: int, half: int, tables: list[np.ndarray], scratch: np.ndarray) -> np.ndarray:
     """`_feistel` of the values whose left half is `first` or one of those behind it, its rounds looked up.
 
-    `scratch`, intp [3, rows, 2^half], is worked in and saves taking memory anew; the answer, [rows, 2^half], lies in it.
+    `scratch`, intp [3, rows, 2^half], is worked in, which saves taking memory anew; the answer [rows, 2^half] is in it.
     """
     left, right, drawn = scratch
     # The first round of a whole row of right halves is its table, read in order.

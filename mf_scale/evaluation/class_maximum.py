@@ -1,9 +1,9 @@
 """The most probable class of pixels among thousands: scores are made a chunk of classes at a time, and not all of them.
 
-A class's score at a pixel is the sum over queries of p(class | query) * mask value. It is at most the class's largest
-probability of any query times the sum of the pixel's mask values. So the classes are taken in the order of their largest
-probabilities, and where the best score so far is above that bound at all pixels of a block, the rest is not looked at:
-nothing of it could win. A trained model is sure of some classes an image; of one that is sure of none, all are looked at.
+A class's score at a pixel is the sum over queries of p(class | query) * mask value: at most the class's largest
+probability of any query times the sum of the pixel's mask values. So the classes are taken in the order of that largest
+probability, and where the best score so far is above that bound at all pixels of a block, the rest is left out:
+nothing of it could win. A trained model is sure of some classes an image; where it is sure of none, all are looked at.
 
 Shapes: Q queries, K classes, n pixels.
 """

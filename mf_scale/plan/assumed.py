@@ -25,9 +25,8 @@ class Assumption:
     """None: what follows from it is left out."""
     source: str
     """Of the default."""
-    least: float = 0.0
-    """It has to be above this, or not below where `zero` is set."""
     zero: bool = False
+    """It may be 0; others are above it."""
 
 
 ASSUMPTIONS: dict[str, Assumption] = {
@@ -48,6 +47,9 @@ ASSUMPTIONS: dict[str, Assumption] = {
         "seconds from a failure to the first step after it", 300.0, "noticed, queued, started: see `startup` of a run"
     ),
     "copy_gib_s": Assumption("GiB/s of a GPU's copy to its host", 10.0, "PCIe 4 x16 shared by neighbours"),
+    "save_seconds": Assumption(
+        "seconds of a save besides the copy", 0.1, "two gathers over all ranks, a folder, a commit", zero=True
+    ),
     "write_gib_s": Assumption("GiB/s that a node writes to the run directory", 1.0, "`mf-scale doctor` measures it"),
 }
 _INDEX = ("images", "image_bytes", "key_bytes", "image_classes", "shard_images")

@@ -69,6 +69,11 @@ def node_bytes(first_rank: float, other_rank: float, gpus_a_node: int) -> float:
     return first_rank + (gpus_a_node - 1) * other_rank
 
 
+def save_stall(rank_bytes: float, copy_rate: float, fixed: float) -> float:
+    """Seconds that the training waits for the copy of the rank with the most, at bytes a second, and for the commit."""
+    return rank_bytes / copy_rate + fixed
+
+
 def failures_a_day(gpus: int, gpu_hours: float) -> float:
     """Expected failures of a job that any of its GPUs ends."""
     return 24 * gpus / gpu_hours

@@ -101,6 +101,7 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
     if belongs_to_a_checkpoint(Path(file)):
         refuse_unasked_code(config, overrides, Path(file))
     dataset = look_at_dataset(config)
+    known = settle(wanted.assumed, dataset, config.train.global_batch)
     if config.model.num_classes is None and dataset.classes is not None:
         config = replace(config, model=replace(config.model, num_classes=dataset.classes))
     if dataset.indexes:
@@ -111,7 +112,6 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
     segments = _segments(config, dataset)
     found, measured, gpu, chosen = _on_gpus(file, config, wanted, tensors, cut, dataset, segments)
     worker = _worker(config, wanted, dataset)
-    known = settle(wanted.assumed, dataset, config.train.global_batch)
     images = round(known["images"].value) if "images" in known else None
     took = duration(config, wanted.ranks, images, gpu)
     return Plan(

@@ -89,6 +89,8 @@ def look_at_scale(
     figures = [*(_data(run) if "images" in known else ()), *_lanes(run), *_storage(run), *_saves(run)]
     unknown = [] if "images" in known else ["the size of index, order and data without --assume images=N"]
     unknown += [] if step else ["bytes/s and steps without --images-per-second of one GPU, or --measure"]
+    if all(figure.name != "lost_seconds" for figure in figures):
+        unknown.append("what a failure costs without a step's time or checkpoint.every_minutes")
     return Scale(tuple(figures), written, known, tuple(unknown))
 
 
@@ -212,16 +214,17 @@ def _saves(run: _Run) -> Iterator[Figure]:
         f"/ {number(run.of('write_gib_s'))} GiB/s",
     )
     copied = max(written.first_rank, written.other_rank)
-    stall = copied / (run.of("copy_gib_s") * GIB) if save.asynchronous else write
+    fixed = run.of("save_seconds")
+    stall = f.save_stall(copied, run.of("copy_gib_s") * GIB, fixed) if save.asynchronous else write + fixed
     yield Figure(
         "stall_seconds",
         "save stall",
         stall,
         seconds(stall),
-        "largest rank / copy_gib_s" if save.asynchronous else "a checkpoint's write",
+        "largest rank / copy_gib_s + save_seconds" if save.asynchronous else "a checkpoint's write",
         f"{size(copied)} / {number(run.of('copy_gib_s'))} GiB/s, the write goes on behind"
         if save.asynchronous
-        else "checkpoint.asynchronous=false: the training waits for the write",
+        else f"{seconds(write)} + {seconds(fixed)}: checkpoint.asynchronous=false waits for the write",
     )
     failures = f.failures_a_day(run.ranks, run.of("gpu_hours"))
     stops = run.of("preemptions")

@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint's files by ZeRO stage and rank, heads included: the writer's own layout of tensors without numbers.
+"""Bytes of a checkpoint's files by ZeRO stage and rank, heads included: as the writer lays out tensors without numbers.
 
 Which rank writes what is `training/contents.py`; here it is said without the engine, for any number of ranks.
 """
@@ -16,7 +16,7 @@ from mf_scale.plan.states import FP32, flat_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALL = {0: 1024, 1: 1024, 2: 1024, 3: 16}
-"""Ranks up to which every rank's file is laid out; beyond, all but the first are taken to be the largest of them."""
+"""Ranks up to which every rank's file is laid out; beyond, all but the first are taken to have the same head."""
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -43,7 +43,7 @@ class Written:
     other_rank: int
     """Of any other rank at most; 0 where there is none."""
     total: int
-    """At stage 3 of many ranks at most: their files' heads are taken to be as long as the longest."""
+    """Of many ranks to a hundredth: the values are exact, the heads of their files all like the fullest rank's."""
 
 
 def list_saved(model: Any, groups: Iterable[Iterable[Any]]) -> SavedModel:

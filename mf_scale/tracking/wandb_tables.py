@@ -61,7 +61,7 @@ def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     if not columns:
         return tables
     heads = ["class", "id", "thing", *(["band"] if bands.get("of_class") else []), *columns]
-    ranked = _ranked(columns, values)
+    ranked = _ranked(columns, values, instances=results.get("task") == "instance")
     whole = len(results["class_names"]) <= WHOLE_TABLE
     wanted = (
         [("classes", ranked)] if whole else [("best", ranked[:MOST_SHOWN]), ("worst", ranked[: -MOST_SHOWN - 1 : -1])]
@@ -87,9 +87,10 @@ def _class_columns(results: Mapping[str, Any]) -> tuple[list[str], list[Sequence
     return list(named), list(named.values())
 
 
-def _ranked(columns: Sequence[str], values: Sequence[Sequence[Any]]) -> list[int]:
-    """Classes that have a value, best first, by IoU, else PQ, else AP."""
-    by = next((name for name in ("IoU", "PQ", "AP") if name in columns), columns[0])
+def _ranked(columns: Sequence[str], values: Sequence[Sequence[Any]], *, instances: bool) -> list[int]:
+    """Classes that have a value, best first, by IoU, else PQ, else AP; `instances` by AP, as in the report."""
+    measures = ("AP",) if instances else ("IoU", "PQ", "AP")
+    by = next((name for name in measures if name in columns), columns[0])
     column = values[columns.index(by)]
     present = [label for label, value in enumerate(column) if value is not None]
     return sorted(present, key=lambda label: (-column[label], label))

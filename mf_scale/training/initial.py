@@ -82,6 +82,14 @@ def _load_by_class(
             remedy="Add --reinit-head, which takes all but its class head.",
         )
     if CLASS_ROWS in own:
+        width, saved = own[CLASS_ROWS].shape[1], given[CLASS_ROWS].shape[1]
+        if width != saved:
+            raise UserError(
+                f"the class embeddings are {width} wide, the checkpoint of train.init_from was trained with {saved}",
+                where=str(source),
+                remedy="Make them with the encoder of that run, or add --reinit-head, which takes all but its class "
+                "head.",
+            )
         given = {**given, CLASS_ROWS: own[CLASS_ROWS]}
     lent = lent_classes(config, source, vocabulary)
     if lent is not None:

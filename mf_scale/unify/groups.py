@@ -46,7 +46,8 @@ class Union:
 def group_members(kept: Mapping[Member, ClassInfo], statements: Sequence[Statement]) -> list[Group]:
     """The groups, in the order in which `kept` has their first members.
 
-    UserError where two classes of one vocabulary would become one that no single statement declares to be one.
+    UserError where two classes of one vocabulary would become one that no single statement declares to be one, and
+    where two maps, which stand in two places, call different classes by one name.
     """
     union = Union()
     for statement in statements:  # a name is a node as well: statements of one name speak of one class
@@ -60,6 +61,7 @@ def group_members(kept: Mapping[Member, ClassInfo], statements: Sequence[Stateme
     groups = [Group(tuple(own), tuple(said[root])) for root, own in members.items()]
     for group in groups:
         _refuse_undeclared(group)
+        _refuse_crossed(group, kept)
     return groups
 
 
@@ -81,6 +83,25 @@ def _refuse_undeclared(group: Group) -> None:
                 where=", ".join(dict.fromkeys(s.origin for s in group.statements)),
                 remedy="If that is meant, list both in one row of a table (or map both by the source's map); "
                 "else give one of the unified classes another name, or take the class that links them out of a row.",
+            )
+
+
+def _refuse_crossed(group: Group, kept: Mapping[Member, ClassInfo]) -> None:
+    """A vocabulary that has a class of the other's name of its own, elsewhere, tells that the two are not one."""
+    own = set(group.members)
+    mapped = [(member, statement) for statement in group.statements if statement.by_map for member in statement.members]
+    for one, first in mapped:
+        for other, second in mapped:
+            twin = one[0], other[1]
+            if first is second or one[1] == other[1] or twin in own or twin not in kept:
+                continue
+            raise UserError(
+                f"sources map different classes to one: {quoted(*one)} is {first.name!r} by {first.origin} and "
+                f"{quoted(*other)} is {second.name!r} by {second.origin}, but {one[0]} has {other[1]!r} as another "
+                "class",
+                where="data.sources",
+                remedy="Correct a map; or, if the two are one class all the same, take them out of the maps and list "
+                "them in one row of a merge table.",
             )
 
 

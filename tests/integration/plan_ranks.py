@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterable
@@ -22,10 +23,14 @@ from mf_scale.distributed.engine import Engine
 from mf_scale.distributed.env import World, world_from_environment
 from mf_scale.models.build import build_model
 from mf_scale.plan.fit import layout_of
-from mf_scale.plan.parts import list_tensors
+from mf_scale.plan.parts import list_tensors, saved_model
 from mf_scale.plan.states import count_states
+from mf_scale.plan.written import count_written
+from mf_scale.training.contents import contents
 from mf_scale.training.ema import Ema
 from mf_scale.training.optimizer import build_optimizer
+from mf_scale.training.snapshot import FileContents
+from mf_scale.training.tensor_file import write_tensors
 
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 MODEL = ["model.backbone.weights=none", "data.crop=[64,64]", "model.decoder.layers=1", "model.num_classes=21"]
@@ -53,7 +58,7 @@ def scenario(stage: int, offload: list[str], accumulation: int, more: list[str],
     model = build_model(config.model, 21, seed=0).train()
     backbone: Any = model.backbone
     backbone.frozen = nn.Parameter(torch.zeros(1001), requires_grad=False)
-    tensors = list_tensors(model, config)
+    tensors, saved = list_tensors(model, config), saved_model(model, config)
     layout = layout_of(config, plan, stage, "optimizer" in offload, "parameters" in offload)
     states = count_states(tensors, layout)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, world)
@@ -79,8 +84,22 @@ def scenario(stage: int, offload: list[str], accumulation: int, more: list[str],
             found["after"] = _gradients(engine, model)
         engine.step(1.0)
     found["average"] = _bytes(ema._average.values()) if ema else 0
+    written = asdict(count_written(saved, stage, world.size, ema=ema is not None))
+    files = _write(contents(engine, ema, world), Path(sys.argv[1]) / f"files-{world.rank}")
     engine.close()
-    return {"found": found, "gpu": asdict(states.gpu), "host": asdict(states.host)}
+    return {
+        "found": found, "gpu": asdict(states.gpu), "host": asdict(states.host), "written": written, "files": files
+    }  # fmt: skip
+
+
+def _write(files: list[FileContents], folder: Path) -> int:
+    """Bytes of the files of a checkpoint that this rank wrote, on the disk."""
+    folder.mkdir()
+    for file in files:
+        write_tensors(folder / file.name, file.tensors, file.metadata)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    shutil.rmtree(folder)
+    return size
 
 
 def _named(engine: Engine, model: nn.Module) -> dict[str, int]:

@@ -47,10 +47,10 @@ def test_text_embeddings_a_long_tail_loss_and_adjusted_logits(
     done = again.train(*said, processes=processes)
     assert done.returncode == 0, done.stderr
     assert again.series("step", "loss") == run.series("step", "loss")
-    assert again.series("step", "keys") == run.series("step", "keys")
+    assert again.series("keys", "keys") == run.series("keys", "keys")
     before, after = (load_file(r.folder / "checkpoints/step-00000004/weights.safetensors") for r in (run, again))
     assert list(before) == list(after) and all(torch.equal(value, after[name]) for name, value in before.items())
     rows.unlink()
     evaluate_run(str(again.folder), [], World(), split="val")
     numbers = [json.loads((r.folder / "report/evaluation-val.json").read_text()) for r in (run, again)]
-    assert numbers[0]["mIoU"] == numbers[1]["mIoU"] and len(numbers[0]["classes"]) == 133
+    assert numbers[0]["mIoU"] == numbers[1]["mIoU"] and len(numbers[0]["class_names"]) == 133

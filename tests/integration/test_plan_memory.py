@@ -46,7 +46,8 @@ def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         own = [json.loads(of_rank[number]) for of_rank in lines]
         assert [name for name, _ in own] == [scenario] * ranks
         most = {name: max(result["found"][name] for _, result in own) for name in own[0][1]["found"]}
-        results.append({**own[0][1], "ranks": ranks, "found": most, "name": scenario})
+        files = [result["files"] for _, result in own]
+        results.append({**own[0][1], "ranks": ranks, "found": most, "files": files, "name": scenario})
     return results
 
 
@@ -58,6 +59,14 @@ def test_states_are_exact(counted: list[dict[str, Any]]) -> None:
         for name in ("weights", "master", "moments", "gradients", "average", *(() if flattened else ("buckets",))):
             assert found[name] == planned[name], (where, name)
         assert found["gathered"] == planned["gathered"], where
+
+
+def test_files_of_a_checkpoint_are_exact(counted: list[dict[str, Any]]) -> None:
+    """At every stage, offloaded or not, of every rank, on the disk."""
+    for result in counted:
+        first, *others = result["files"]
+        found = {"first_rank": first, "other_rank": max(others, default=0), "total": first + sum(others)}
+        assert found | {"stage": result["name"][0]} == result["written"], (result["ranks"], result["name"])
 
 
 def test_nothing_large_is_forgotten(counted: list[dict[str, Any]]) -> None:

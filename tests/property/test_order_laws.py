@@ -18,7 +18,7 @@ from mf_scale.data.order import (
     window,
     worker_share,
 )
-from mf_scale.data.permutation import permute
+from mf_scale.data.permutation import key, permute, permute_all
 from mf_scale.data.state import DataState, SourcePart, leave_out, open_segment
 
 shards = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -232,3 +232,10 @@ def test_a_sorted_source_is_mixed_nearly_as_well_by_blocks(global_batch):
 
     assert spread("blocks", 1) < 1.25 * spread("full", 1)
     assert spread("blocks", 256) < 0.03
+
+
+@FAST
+@given(size=st.one_of(st.integers(1, 70), st.integers(1, 70_000)), seed=st.integers(0, 2**40), epoch=st.integers(0, 99))
+def test_the_whole_permutation_is_that_of_its_elements(size: int, seed: int, epoch: int) -> None:
+    made = permute_all(size, key(seed, epoch, 0))
+    assert made.dtype == np.int32 and np.array_equal(made, permute(np.arange(size), size, key(seed, epoch, 0)))

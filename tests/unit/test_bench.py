@@ -174,7 +174,9 @@ def test_classes_are_measured_by_both_ways_and_agree(tmp_path, capsys):
     assert main(["bench", "classes", "--classes", "30", "7", *sizes, "--repeats", "1", "--json", str(file)]) == 0
     text, summary = capsys.readouterr().out, json.loads(file.read_text())
     assert text.strip() == classes.table(summary) and summary["sizes"] == vars(SMALL_SIZES)
-    for name, limits in (("class terms", {"loss": 1e-5, "gradients": 1e-5}), ("inference", {"pixels": 0.01})):
+    pixels = {"pixels": 0.01}
+    terms = {"loss": 1e-5, "gradients": 1e-5}
+    for name, limits in (("class terms", terms), ("inference", pixels), ("inference, sure", pixels)):
         rows = summary["results"][name]
         assert [row["classes"] for row in rows] == [7, 30]
         for row in rows:
@@ -183,7 +185,7 @@ def test_classes_are_measured_by_both_ways_and_agree(tmp_path, capsys):
             assert all(row["differences"][key] <= limit for key, limit in limits.items()), row
 
 
-@pytest.mark.parametrize("made", [class_ways.class_terms, class_ways.inference])
+@pytest.mark.parametrize("made", [class_ways.class_terms, class_ways.inference_sure])
 def test_a_wrong_way_is_shown(made, monkeypatch):
     """The differences are those of what was computed, gradients too."""
     way = made(SMALL_SIZES, 7, torch.device("cpu"))
@@ -198,6 +200,6 @@ def test_a_wrong_way_is_shown(made, monkeypatch):
 def test_the_dense_way_is_left_out_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr(classes, "free_bytes", lambda device: 1000)
     text = classes.bench_classes(SMALL_SIZES, [7], repeats=1, json_file=None)
-    assert text.count("not measured: it keeps 0 GiB at the least") == 2
+    assert text.count("not measured: it keeps 0 GiB at the least") == 3
     with pytest.raises(UserError, match="--queries 0"):
         classes.bench_classes(replace(SMALL_SIZES, queries=0), [7], repeats=1, json_file=None)

@@ -37,8 +37,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting three models takes seconds; `test_what_differs_is_the_head` does it."""
+def _nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test starts a training; counting the models takes seconds, and `test_what_differs_is_the_head` does it."""
+    monkeypatch.setattr(claim, "launch", lambda *_: pytest.fail("a command was started"))
     monkeypatch.setattr(claim, "_model", lambda config, kind: {"parameters": len(kind), "gflop": 1.0})
 
 
@@ -85,7 +86,7 @@ def test_a_part_holds_the_samples_own_bytes_and_the_bands_of_what_is_trained_on(
 
 def test_a_part_is_made_once_and_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, folder = open_pool([str(source)]), tmp_path / "data"
-    told = {"seed": 0, "held_out": 2, "bands": Bands(1, 2)}
+    told: dict[str, Any] = {"seed": 0, "held_out": 2, "bands": Bands(1, 2)}
     with monkeypatch.context() as broken:
         broken.setattr("mf_scale.bench.claim_split.head_digest", lambda head: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -122,7 +123,9 @@ def test_a_seed_is_compared_before_the_next_begins(source: Path, tmp_path: Path)
     [
         ({"held_out": 5}, "5 of 5 samples cannot be held out"),
         ({"bands": Bands(2, 2)}, "a class is common from more images on"),
-        ({"seeds": [1, 1]}, "a seed is named twice"),
+        ({"seeds": [1, 1]}, "seeds are whole numbers from 0"),
+        ({"seeds": [0, -1]}, "seeds are whole numbers from 0"),
+        ({"rates": [0.1, float("nan")]}, "a learning rate is a number above 0"),
         ({"overrides": [*PAINTED, "seed=4"]}, "seed is set by the experiment itself"),
         ({"overrides": [*PAINTED, "model.kind=per_pixel"]}, "model.kind is set by the experiment itself"),
         ({"overrides": [*PAINTED, "data.task=panoptic"]}, "need data.task=semantic"),

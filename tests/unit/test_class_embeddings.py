@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mf_scale.config.load import load_config
 from mf_scale.config.schema import Config
-from mf_scale.data.index import Index
 from mf_scale.distributed.env import World
-from mf_scale.doctor.examination import _model
-from mf_scale.doctor.finding import PROBLEM
-from mf_scale.doctor.node import Node, Sources
-from mf_scale.doctor.wanted import Wanted
 from mf_scale.errors import UserError
 from mf_scale.evaluation.loading import load_model
 from mf_scale.evaluation.runner import evaluate_run
@@ -35,11 +28,9 @@ from mf_scale.models.outputs import Classifier
 from mf_scale.models.text_head import CLASS_ROWS, FIRST_SCALE, LARGEST_SCALE, TextClassHead
 from mf_scale.plan.activations import Tracer
 from mf_scale.plan.parts import count_parts
-from mf_scale.plan.planning import plan_config
 from mf_scale.rundir import RunDir
 from mf_scale.training.initial import initial_model
 from mf_scale.training.optimizer import parameter_groups
-from mf_scale.training.preflight import examine
 from mf_scale.vocabulary import ClassInfo, Vocabulary
 from tests.unit.painted import VOCABULARY_4, painted_config, painted_source, write_checkpoint
 
@@ -92,80 +83,16 @@ def _save(matrix: Tensor, path: Path, **metadata: str) -> None:
     save_file({"x": matrix}, path, metadata or None)
 
 
-BROKEN = {
-    "wrong size": (lambda p: np.save(p / "x.npy", np.ones((3, 8), np.float32)), r"3 rows, vocabulary 'painted' has 4"),
-    "not a matrix": (lambda p: np.save(p / "x.npy", np.ones(4, np.float32)), r"are \[4\] of float32"),
-    "double": (lambda p: np.save(p / "x.npy", np.ones((4, 8))), r"\[4, 8\] of float64.*float16 or float32"),
-    "pickled": (lambda p: np.save(p / "x.npy", np.array([{}], object), allow_pickle=True), r"cannot be read"),
-    "cut short": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY\x01"), r"cannot be read"),
-    "not finite": (lambda p: _save(_with(1, torch.nan), p / "x.safetensors"), r"1 of 4 .* not finite: row 1"),
-    "infinite": (lambda p: _save(_with(2, -torch.inf), p / "x.safetensors"), r"1 of 4 .* not finite: row 2"),
-    "zero row": (lambda p: _save(_with(3, 0.0), p / "x.safetensors"), r"1 of 4 .* are zero.*row 3"),
-    "damaged": (lambda p: (p / "x.safetensors").write_bytes(b"nothing"), r"cannot be read"),
-    "two tensors": (lambda p: save_file({"a": _with(0, 1), "b": _with(0, 1)}, p / "x.safetensors"), r"holds 2 tensors"),
-    "unknown names": (
-        lambda p: _save(_with(0, 1), p / "x.safetensors", names='["cat", "Dog", "sky", "lawn"]'),
-        r"2 of 4 classes .* have no class embedding: 'dog', 'grass'.*matched exactly.*'cat', 'Dog', 'sky', 'lawn'",
-    ),
-    "names twice": (
-        lambda p: _save(_with(0, 1), p / "x.safetensors", names='["cat", "dog", "sky", "cat"]'),
-        r"name several times: 'cat'",
-    ),
-    "names too few": (lambda p: _save(_with(0, 1), p / "x.safetensors", names='["cat"]'), r"4 rows .* have 1 names"),
-    "names no list": (lambda p: _save(_with(0, 1), p / "x.safetensors", names='"cat"'), r"not a JSON list"),
-    "names no JSON": (lambda p: _save(_with(0, 1), p / "x.safetensors", names="cat"), r'"names" .* is not JSON'),
-    "another ending": (lambda p: (p / "x.pt").write_bytes(b""), r"not read from \.pt"),
-    "missing": (lambda p: None, r"does not exist"),
-}
-
-
-def _with(row: int, value: float) -> Tensor:
-    matrix = torch.ones(4, 8)
-    matrix[row] = value
-    return matrix
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_what_is_wrong_with_a_file_is_said_before_training(
-    tmp_path: Path, what: str, painted: str, lock: list[int]
-) -> None:
-    make, sentence = BROKEN[what]
-    make(tmp_path)
-    found = list(tmp_path.glob("x.*"))
-    config = text_config(found[0] if found else tmp_path / "x.npy")
-    config.data.train = painted
-    with pytest.raises(UserError, match=sentence):
-        examine(config, RunDir(tmp_path / "run"), World(), lock)
-    assert not (tmp_path / "run").exists()
-
-
-def test_plan_and_doctor_say_it_too(tmp_path: Path, painted: str) -> None:
-    np.save(tmp_path / "x.npy", np.ones((3, 8), np.float32))
-    said = [f"data.train={painted}", f"model.class_embeddings={tmp_path / 'x.npy'}", "train.global_batch=2"]
-    sentence = r"3 rows, vocabulary 'painted' has 4"
-    with pytest.raises(UserError, match=sentence):
-        plan_config("configs/base.yaml", said, 1)
-    config = load_config("configs/base.yaml", said)
-    wanted = Wanted("configs/base.yaml", tuple(said), config, None, 1, 60.0, 0.0, False, False, False)
-    node = Node(sources=Sources(opened=[Index.open(Path(painted))]))
-    model, (found,) = _model(wanted, node)
-    assert model is None and found.level == PROBLEM and re.search(sentence, found.text)
-
-
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(painted_source(tmp_path_factory.mktemp("source")).source)
-
-
-@pytest.fixture
-def lock() -> list[int]:
-    return []
 
 
 def test_logits_are_cosines_times_a_bounded_learned_scale() -> None:
     torch.manual_seed(0)
     rows = F.normalize(letters(VOCABULARY_4.names), dim=1)
     head, queries = TextClassHead(16, rows), torch.randn(3, 5, 16)
+    torch.nn.init.normal_(head.no_object, std=3)  # of another length than it began with
     embeddings, weight, bias = head(queries)
     logits = Classifier(weight, bias).logits(embeddings)
     expected = F.cosine_similarity(head.project(queries)[..., None, :], torch.cat((rows, head.no_object[None])), dim=-1)
@@ -293,6 +220,15 @@ def test_a_new_run_takes_the_head_but_the_rows_of_its_own_file(tmp_path: Path, f
     write_class_embeddings(file, letters(["kat", *VOCABULARY_4.names[1:]]), VOCABULARY_4)
     with pytest.raises(UserError, match="trained with other class embeddings"):
         initial_model(config, VOCABULARY_4, RunDir(tmp_path / "run").checkpoint(3))
+    write_class_embeddings(other, torch.ones(3, WIDTH + 1), SOUNDS)
+    with pytest.raises(
+        UserError, match=rf"{WIDTH + 1} wide, the checkpoint of train.init_from was trained with {WIDTH}"
+    ):
+        initial_model(fresh, SOUNDS, None)
+    fresh.train.reinit_head = True
+    _, (note,) = initial_model(fresh, SOUNDS, None)
+    assert "the class head starts anew" in note
+    fresh.train.reinit_head = False
     fresh.model.class_embeddings = None
     with pytest.raises(UserError, match=r"a class head by text embeddings.*, the model a linear.*--reinit-head"):
         initial_model(fresh, VOCABULARY_4, None)

@@ -22,10 +22,11 @@ from mf_scale.bench.index_made import write_index
 from mf_scale.bench.index_scale import Scale, bench_index
 from mf_scale.data import index as index_module
 from mf_scale.data import kept, loader, rows
+from mf_scale.data import order as order_module
 from mf_scale.data.blocks import block_bounds
 from mf_scale.data.index import COLUMNS, HEAD, Index, Shard, head_digest
 from mf_scale.data.order import SampleOrder, Stream, positions
-from mf_scale.data.repeat import UNIT, repeat_factors
+from mf_scale.data.repeat import UNIT, repeat_factors, sample_factors
 from mf_scale.data.shard_table import ShardTable
 from mf_scale.data.sources import order_of
 from mf_scale.errors import UserError
@@ -246,6 +247,34 @@ def test_a_copy_at_the_very_bound_belongs_to_the_sample_behind_it(tmp_path):
         assert repeats.samples_of(np.arange(500), remainder).tolist() == list(range(500))
 
 
+def test_an_epoch_laid_out_in_parts_is_that_of_the_whole(tmp_path, monkeypatch):
+    write_index(tmp_path, 5000, 40)
+    index = Index.open(tmp_path)
+    for threshold in (0.0, 0.1):
+        length = repeat_factors(index, threshold, index.block_bounds(16)).length if threshold else 5000
+        stream = Stream(0, index.digest, 5000, length, 64, 0, 16, "blocks", threshold, 0, 0)
+        whole = order_of(index, stream).sample_ids(np.arange(length))
+        with monkeypatch.context() as patch:
+            patch.setattr(order_module, "_CHUNK", 7)
+            assert np.array_equal(order_of(index, stream).sample_ids(np.arange(length)), whole)
+
+
+def test_copies_are_found_in_any_order_and_any_number(tmp_path):
+    """More of them than are looked for at once, and some twice: each belongs to the sample that a plain count says."""
+    write_index(tmp_path, 1500, 40)
+    index = Index.open(tmp_path)
+    repeats = repeat_factors(index, 0.3, index.block_bounds(128))
+    behind = np.cumsum(sample_factors(index, repeats.class_factors, 0, 1500))
+    behind += (np.arange(1500) + 1) * repeats.added // 1500
+    generator = np.random.Generator(np.random.PCG64(3))
+    for remainder in (0, 12_345, UNIT - 1):
+        owners = np.repeat(np.arange(1500), np.diff((behind + remainder) >> 16, prepend=0))
+        copies = generator.integers(0, repeats.length, 3000)
+        assert len(owners) == repeats.length
+        assert np.array_equal(repeats.samples_of(copies, remainder), owners[copies])
+    assert repeats.samples_of(np.empty(0, np.int64), 0).shape == (0,)
+
+
 def test_processes_that_start_together_work_it_out_once(tmp_path, own_cache):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         found = pool.map_async(_keep, [str(tmp_path / "calls")] * 8, chunksize=1).get(timeout=60)
@@ -324,6 +353,7 @@ def test_the_bench_runs_and_its_shares_are_the_plan(tmp_path, monkeypatch):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_hundred_million_images_on_512_ranks(tmp_path):
     """Under 200 MiB of memory a process; plans under 50 ms on an idle machine, here with room for a busy one."""
     if shutil.disk_usage(tmp_path).free < 12e9:

@@ -23,7 +23,7 @@ from mf_scale.doctor.collectives import bus_bandwidth, judge_collectives
 from mf_scale.doctor.finding import OK, PROBLEM, WARNING, Finding, exit_code, looked
 from mf_scale.doctor.host import judge_hosts, needs_of
 from mf_scale.doctor.kernels import judge_kernels, kernel_facts
-from mf_scale.doctor.labels import judge_labels
+from mf_scale.doctor.labels import judge_labels, judge_vocabularies
 from mf_scale.doctor.memory import memory_facts
 from mf_scale.doctor.run_directory import directory_facts, judge_file_clock, judge_room, judge_writes
 from mf_scale.doctor.service import judge_service
@@ -256,6 +256,20 @@ def test_labels_are_held_against_vocabulary_task_and_validation(packed: Path) ->
     only(
         looked("labels", lambda: judge_labels(wrong, training, None)), PROBLEM, "model.num_classes = 20, but vocabulary"
     )
+
+
+def test_what_keeps_sources_from_one_vocabulary_is_told_of_labels(packed: Path) -> None:
+    config = configured(packed)
+    training = open_training(config.data)
+    config.data.bands = True
+    found = only(looked("labels", lambda: judge_labels(config, training, None)), PROBLEM, "and so no frequency band")
+    assert not found.fault
+    mistake: list[object] = ["two maps differ", "data.sources", "Mend one.", False]
+    hosts = [{"host": "n1", "vocabularies": [mistake]}, {"host": "n2", "vocabularies": [mistake]}]
+    assert not only(judge_vocabularies(hosts), PROBLEM, "two maps differ (data.sources)").fault
+    hosts[1]["vocabularies"] = []
+    assert only(judge_vocabularies(hosts), PROBLEM, "n1: two maps differ").fault, "a table that is not the others'"
+    assert judge_vocabularies([{"host": "n1"}, {"host": "n2", "vocabularies": []}]) == []
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_with_the_numbers_that_can(packed: Path) -> None:

@@ -88,10 +88,7 @@ def test_a_checkpoint_carries_its_counts_and_tau_0_is_to_the_bit_as_without(run:
     plain = _logits(run)
     assert torch.equal(_logits(run, "eval.logit_adjustment=0"), plain)
     shifted = _logits(run, "eval.logit_adjustment=2")
-    if plain.dim() == 4:
-        gained = (shifted - plain).movedim(1, -1)
-    else:
-        gained = shifted[..., :4] - plain[..., :4]
+    gained = (shifted - plain).movedim(1, -1) if plain.dim() == 4 else shifted[..., :4] - plain[..., :4]
     by_hand = -2 * torch.tensor(log_prior(IMAGES))
     assert torch.allclose(gained - gained[..., :1], by_hand - by_hand[0], atol=1e-5)
 

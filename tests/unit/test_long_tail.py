@@ -222,19 +222,24 @@ def test_the_criterion_has_the_adjustment_of_the_configuration() -> None:
 @pytest.mark.parametrize("balance", BALANCES)
 def test_a_step_of_training_differs_in_the_class_term_alone(balance: str) -> None:
     """The criterion as a run makes it: the same matching and masks, another class loss, other gradients by it."""
+    plain_of, balanced_of = _step("none"), _step(balance)
+    for same in ("focal", "pixels"):
+        assert torch.equal(plain_of[same], balanced_of[same])
+    for other in ("class", "classifier"):
+        assert not torch.allclose(plain_of[other], balanced_of[other], rtol=1e-3)
+
+
+def _step(balance: str) -> dict[str, Tensor]:
+    """Two loss terms and two gradients of a random step."""
     batch, prediction = random_batch([3, 0, 5]), random_prediction(3)
-    images = [1000, 3, 120, 0, 40, 7, 900][:CLASSES]
-    found = {}
-    for kind in ("none", balance):
-        said = [f"loss.class_balance={kind}", "model.decoder.queries=5"]
-        criterion = choose_criterion(load_config(None, said), CLASSES, images)
-        terms = criterion(prediction, batch, criterion.normalisers(criterion.totals(batch)))
-        weight, pixels = prediction.classifier.weight, prediction.pixel_embeddings
-        found[kind] = terms.terms, *torch.autograd.grad(terms.total, [weight, pixels])
-    (plain_terms, plain_weight, plain_pixels), (terms, weight, pixels) = found["none"], found[balance]
-    assert torch.equal(plain_terms["focal"], terms["focal"]) and torch.equal(plain_pixels, pixels)
-    assert not torch.allclose(plain_terms["class"], terms["class"], rtol=1e-3)
-    assert not torch.allclose(plain_weight, weight, rtol=1e-3)
+    said = [f"loss.class_balance={balance}", "model.decoder.queries=5"]
+    criterion = choose_criterion(load_config(None, said), CLASSES, [1000, 3, 120, 0, 40, 7, 900])
+    terms = criterion(prediction, batch, criterion.normalisers(criterion.totals(batch)))
+    gradients = torch.autograd.grad(terms.total, [prediction.classifier.weight, prediction.pixel_embeddings])
+    return {
+        **{name: terms.terms[name] for name in ("class", "focal")},
+        **dict(zip(("classifier", "pixels"), gradients, strict=True)),
+    }
 
 
 @pytest.mark.parametrize(

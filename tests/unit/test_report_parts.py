@@ -143,24 +143,6 @@ def test_bands_tell_what_they_cost() -> None:
     assert _texts(table) == [["rare", "2 of 2", "0.0", "66.67"], ["frequent", "1 of 1", "90.0", "3.33"]]
 
 
-def test_bands_tell_how_many_of_their_classes_the_split_holds() -> None:
-    """Of LVIS's 1203 classes few images hold a few; and instances are ranked by AP, which knows what was looked for."""
-    per_class = {"panoptic": {"PQ": [0.5, None, None]}, "instances": {"AP": [0.25, None, None]}}
-    evaluation = {"task": "instance", "class_names": list("abc"), "things": [True] * 3}
-    evaluation |= {part: {"per_class": values} for part, values in per_class.items()}
-    numbers = {"PQ": 0.5, "AP": 0.25}
-    evaluation["bands"] = {"of_class": ["rare", "rare", "common"]} | {
-        "rare": {"classes": 2, **numbers},
-        "common": {"classes": 1, "PQ": None, "AP": None},
-    }
-    rows = class_rows(evaluation)
-    assert measure_of(evaluation) == "AP" and [(row.value, row.values["PQ"]) for row in rows] == [(0.25, 0.5)]
-    table = band_table(evaluation, rows, "x")
-    assert table is not None
-    assert [column.name for column in table.columns][1:4] == ["classes", "AP", "PQ"]
-    assert _texts(table) == [["rare", "1 of 2", "25.0", "50.0", "75.00"], ["common", "0 of 1", "-", "-", "0.00"]]
-
-
 def test_the_measure_is_that_of_the_task() -> None:
     assert measure_of(_evaluation()) == "IoU"
     assert measure_of({"panoptic": {"a": 1}, "instances": {"b": 1}}) == "PQ"
@@ -285,21 +267,3 @@ def test_a_stack_and_a_line_without_values_are_drawn() -> None:
     assert "var(--series-1)" in svg
     svg, _ = draw(Chart("x", "t", "", [Line("a", [], []), lines[1]]))
     assert "var(--series-1)" in svg and "var(--series-0)" not in svg, "a run keeps its colour"
-
-
-def test_long_names_leave_the_bars_room() -> None:
-    """ADE20K-Full names a class by all its synonyms; the figure's layout collapsed with a warning."""
-    names = ["person, individual, someone, somebody, mortal, soul" * 2, "wall"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        picture = draw_bars(names, [0.5, 0.25], "IoU by class, val")
-    blue = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
-    bars = (abs(blue - [0x2F, 0x6F, 0xDE]).sum(axis=2) < 12).any(axis=0)
-    assert bars.sum() > 0.2 * len(bars), "half of the axis, which has most of the figure"
-
-
-def test_a_cell_without_a_word_is_empty() -> None:
-    """A phone leaves it out: no line "mostly taken for" with nothing behind it."""
-    columns = [Column("class", text=True), Column("mostly taken for", text=True, wide=True)]
-    said = str(Table("t", "caption", columns, [["sky", Cell("")], ["sea", Cell("sky 80%")]]))
-    assert "<td></tr>" in said and "<td><span>sky 80%</span>" in said

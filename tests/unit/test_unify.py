@@ -159,6 +159,29 @@ def test_conflicts_are_refused():
     refused([Source(A), Source(vocabulary("c", "sky*"))], by_name=True, match="a thing and stuff")
 
 
+def test_maps_that_call_different_classes_by_one_name_are_refused():
+    cars, people = vocabulary("a", "car* person* sky"), vocabulary("b", "car* person* auto*")
+    crossed = Source(cars, map={"car": "x"}), Source(people, map={"person": "x"})
+    told = (
+        "a \"car\" is 'x' by the map of a and b \"person\" is 'x' by the map of b, but a has 'person' as another class"
+    )
+    refused(crossed, match=f"sources map different classes to one: {told}")
+    refused(crossed[::-1], match="b has 'car' as another class")
+    assert (
+        len(
+            unify(
+                [Source(cars, map={"car": "x", "person": None}), Source(people, map={"person": "x", "car": None})]
+            ).vocabulary
+        )
+        == 3
+    )
+    for own in ("car", "auto"):
+        other = {name: None for name in ("car", "auto") if name != own}
+        assert "x" in unify([crossed[0], Source(people, map={own: "x", **other})]).vocabulary.names
+    meant = table({"x": {"a": "car", "b": "person"}})
+    assert "x" in unify([Source(cars), Source(people)], [meant]).vocabulary.names, "a row says it on purpose"
+
+
 def test_cycles_and_unknown_names_are_refused():
     two = [Source(A), Source(B)]
     circle = [table({}, "p", rename={"cat": "pet"}), table({}, "q", rename={"pet": "cat"})]
