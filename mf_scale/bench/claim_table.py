@@ -72,9 +72,9 @@ def claim_table(summary: Mapping[str, Any]) -> str:
         ]
         texts.append(f"{title}, mIoU in percent:\n\n{markdown([title.lower(), *_HEADS], body)}")
     texts.append(
-        f"Mean ± standard deviation over seeds; of a difference, taken seed by seed, ± standard error of its mean. "
-        f"Bands by training images of a class: rare 1 to {bands['rare']}, common to {bands['common']}, frequent above. "
-        f"{_classes(summary)}"
+        "Mean ± standard deviation over seeds; a difference is taken seed by seed, ± the standard error of its mean.\n"
+        f"Bands by training images of a class: rare 1 to {bands['rare']}, common to {bands['common']}, else frequent.\n"
+        f"{_classes(summary)}".rstrip()
     )
     rates = sorted({run["rate"] for run in summary["runs"]})
     if len(rates) > 1:
@@ -112,7 +112,8 @@ def _classes(summary: Mapping[str, Any]) -> str:
         ]
         columns += [lambda part, band=band: part[band]["classes"] for band in BANDS]  # type: ignore[misc]
         told.append(f"{title.lower()} {', '.join(_range([of(run[split]) for run in runs]) for of in columns)}")
-    return f"Classes that a mean is over, by column: {'; '.join(told)}." if told else ""
+    listed = ";\n".join(told)
+    return f"Classes that a mean is over, by column: {listed}." if told else ""
 
 
 def _rates(summary: Mapping[str, Any], rates: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mf_scale.config.schema import Config
+from mf_scale.config.validate import check_vocabulary
 from mf_scale.data.index import HEAD, KINDS, Index
 from mf_scale.data.making import make_reader, train_rules
 from mf_scale.data.samples import BadSample
@@ -50,7 +51,10 @@ class Dataset:
 
 
 def look_at_dataset(config: Config) -> Dataset:
-    """The training sources where all of them are folders with an index; else none, and why. Reads no image."""
+    """The training sources where all of them are folders with an index; else none, and why. Reads no image.
+
+    Raises UserError where they are there and a training would be refused for them or their vocabulary.
+    """
     try:
         sources = [Storage(source.index) for source in training_sources(config.data)]
         folders = [source.local_path(HEAD) for source in sources]
@@ -59,9 +63,10 @@ def look_at_dataset(config: Config) -> Dataset:
         missing = [s.source for s, head in zip(sources, folders, strict=True) if head and not Path(head).is_file()]
         if missing:
             return Dataset((), f"there is no index in {', '.join(missing)} here")
-        indexes = open_training(config.data)
     except UserError as error:
         return Dataset((), error.what)
+    indexes = open_training(config.data)
+    check_vocabulary(config, indexes[0].vocabulary, where=indexes[0].source)
     return Dataset(indexes, f"from the index of {', '.join(index.source for index in indexes)}")
 
 
