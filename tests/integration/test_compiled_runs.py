@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mf_scale.export import export_run
 from tests.integration.program import Run
 from tests.unit.painted import painted_source
 
@@ -96,6 +97,13 @@ def test_a_run_of_another_vocabulary_lends_all_but_its_class_head(tmp_path, pack
     assert "2 of 4 classes take their rows" in done.stdout + done.stderr
     whole = json.loads((lent.folder / "classes-from-checkpoint.json").read_text())
     assert list(whole["kept"]) == ["cat", "dog"] and whole["anew"] == ["sky", "grass"] and len(whole["not_used"]) == 131
+    # The weights and no more: a bundle has no state of an optimizer, and starts the same run.
+    export_run(str(old.folder), str(tmp_path / "bundle"), format="safetensors", size=None, overrides=[])
+    twin = Run(tmp_path / "twin", packed)
+    done = twin.train(*new, f"train.init_from={tmp_path / 'bundle'}", processes=1)
+    assert done.returncode == 0, done.stderr
+    ours, twins = _weights(lent, 1), _weights(twin, 1)
+    assert all(torch.equal(value, twins[name]) for name, value in ours.items())
     run = Run(tmp_path / "new", packed)
     done = run.train(*new, "--reinit-head", processes=2)
     assert done.returncode == 0, done.stderr
