@@ -1,7 +1,7 @@
 """A recipe of large vocabularies tried on its small real sample: `python -m tests.dry_run RECIPE FOLDER [--steps 60]`.
 
-Packs, trains with the recipe's own file on 2 processes, evaluates and makes the report, each by the command that a user
-types; then prints the numbers by frequency band. Overridden is what makes it small: model, crop, batch, steps, rate.
+Packs, trains with the recipe's own file on 2 processes, evaluates (numbers by frequency band) and makes the report,
+each by the command that a user types. Overridden is what makes it small: model, crop, batch, steps, rate.
 The images are few and mostly seen in training: the numbers say that all parts work together, and nothing of quality.
 """
 
@@ -29,7 +29,6 @@ SMALL = (
     "checkpoint.every_steps=0",
     "eval={every_steps: 0, metrics_every_steps: 0, short_side: 192, max_side: 320}",
 )
-BANDS = ("rare", "common", "frequent")
 PROCESSES = 2
 
 
@@ -79,24 +78,6 @@ def _mf_scale(words: list[str], timeout: float) -> str:
     return done.stdout
 
 
-def band_lines(evaluation: dict[str, Any], measure: str) -> list[str]:
-    """A line a band: its classes, those that the split holds, the mean over these in percent."""
-    part, value = ("instances", "AP") if measure == "AP" else ("semantic", "IoU")
-    values, of_class = evaluation[part]["per_class"][value], evaluation["bands"]["of_class"]
-    lines = [f"{'band':<10}{'classes':>8}{'in split':>10}{measure:>8}"]
-    for band in (*BANDS, None):
-        held = [values[k] for k, of in enumerate(of_class) if of == band]
-        if band is None and not held:
-            continue
-        known = [v for v in held if v is not None]
-        mean = f"{100 * sum(known) / len(known):.2f}" if known else "-"
-        lines.append(f"{band or 'no band':<10}{len(held):>8,}{len(known):>10,}{mean:>8}")
-    whole = evaluation[part][measure]
-    known_classes = sum(v is not None for v in values)
-    lines.append(f"{'all':<10}{len(values):>8,}{known_classes:>10,}{'-' if whole is None else f'{100 * whole:.2f}':>8}")
-    return lines
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.dry_run", description=(__doc__ or "").splitlines()[0])
@@ -109,7 +90,6 @@ def main() -> None:
         sys.exit(f"not here: ../shared/data/{{{','.join(missing)}}}")
     found = dry_run(options.recipe, options.folder, steps=options.steps, more=tuple(options.overrides))
     print(found.printed)
-    print("\n".join(band_lines(found.evaluation, RECIPES[options.recipe].measure)))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ def band_results(vocabulary: Vocabulary, results: dict[str, Any]) -> dict[str, A
         members = [label for label, of in enumerate(of_class) if of == band]
         told[band] = {"classes": len(members)}
         for name, (part, values) in PER_CLASS.items():
-            told[band][name] = _mean(results[part]["per_class"][values], members) if part in results else None
+            told[band][name] = mean_of(results[part]["per_class"][values], members) if part in results else None
     return told
 
 
-def _mean(values: Sequence[float | None], members: Sequence[int]) -> float | None:
+def mean_of(values: Sequence[float | None], members: Sequence[int]) -> float | None:
+    """Mean over those of the classes `members` that have a value; None where none has."""
     known = [value for label in members if (value := values[label]) is not None]
     return sum(known) / len(known) if known else None

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mf_scale.distributed import comm
+from mf_scale.evaluation.bands import PER_CLASS, mean_of
 from mf_scale.evaluation.looking import Shown
 from mf_scale.evaluation.troubles import named_trouble
 from mf_scale.rundir import RunDir, disk_errors, read_json, write_atomically
 from mf_scale.tracking.metrics import EVALUATION_NUMBERS, MetricsLog
 from mf_scale.tracking.pictures import write_bytes, write_class_map, write_png
+from mf_scale.vocabulary import BANDS
 
 _SEMANTIC_COLUMNS = {"mIoU": "mIoU", "pixel_accuracy": "pixel acc.", "mean_accuracy": "mean acc."}
 _INSTANCE_COLUMNS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
@@ -110,8 +112,27 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     heads = list(dict.fromkeys(head for row in rows for head in row))
-    lines = [heads, *([row.get(head, "-") for head in heads] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return _aligned([heads, *([row.get(head, "-") for head in heads] for row in rows)])
+
+
+def bands_table(results: dict[str, Any]) -> str:
+    """A line a frequency band: its classes, those that the split holds, the means over these; empty without bands."""
+    if "bands" not in results:
+        return ""
+    of_class, lines = results["bands"]["of_class"], []
+    numbers = {name: place for name, place in PER_CLASS.items() if place[0] in results}
+    values = {name: results[part]["per_class"][value] for name, (part, value) in numbers.items()}
+    for band in (*BANDS, None, "all"):
+        members = [label for label, of in enumerate(of_class) if band in (of, "all")]
+        if members or band is not None:
+            held = sum(any(of[label] is not None for of in values.values()) for label in members)
+            means = [_percent(mean_of(of, members)) for of in values.values()]
+            lines.append([band or "no band", f"{len(members):,}", f"{held:,}", *means])
+    return _aligned([["band", "classes", "in split", *numbers], *lines])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 

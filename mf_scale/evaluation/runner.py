@@ -28,7 +28,7 @@ from mf_scale.evaluation.counting import PICTURE_SCORES, start_counts
 from mf_scale.evaluation.forward import answer
 from mf_scale.evaluation.loading import LoadedModel, load_checkpoint
 from mf_scale.evaluation.looking import choose, look, summed_scores
-from mf_scale.evaluation.results import Evaluation, make_room, results_table, save_evaluation
+from mf_scale.evaluation.results import Evaluation, bands_table, make_room, results_table, save_evaluation
 from mf_scale.evaluation.troubles import named_samples, sample_trouble
 from mf_scale.evaluation.turns import in_turns
 from mf_scale.rundir import MANIFEST, RunDir, resolve_checkpoint
@@ -40,7 +40,7 @@ _PATIENCE = 1800.0
 
 
 def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: str) -> str:
-    """Evaluate a run or checkpoint on its `split` source; writes results into the run and returns a table to print."""
+    """Evaluate a run or checkpoint on its `split` source; writes results into the run and returns what to print."""
     with comm.process_group(world, timeout=_PATIENCE, meeting=_meeting_folder(path, world)) as device:
         refuse_mixture(world, {"RUN": path, "--split": split, "overrides": list(overrides)})
         # One rank chooses and verifies: of a run that goes on, two might find two newest checkpoints.
@@ -55,7 +55,8 @@ def evaluate_run(path: str, overrides: Sequence[str], world: World, *, split: st
         assert evaluation is not None, "nothing can ask this evaluation to stop"
         if run is not None:
             save_evaluation(run, evaluation, step=loaded.step)
-    return results_table([evaluation.results])
+    tables = results_table([evaluation.results]), bands_table(evaluation.results)
+    return "\n\n".join(table for table in tables if table)
 
 
 def _meeting_folder(path: str, world: World) -> Path:

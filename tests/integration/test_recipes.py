@@ -13,7 +13,7 @@ import pytest
 from mf_scale.tracking.metrics import read_metrics
 from mf_scale.tracking.report.table import count
 from mf_scale.vocabulary import Vocabulary
-from tests.dry_run import DryRun, band_lines, dry_run
+from tests.dry_run import DryRun, dry_run
 from tests.recipe_samples import RECIPES
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
@@ -30,7 +30,6 @@ def tried(name: str, folder: Path, steps: int) -> tuple[DryRun, list[float]]:
     if missing := RECIPES[name].missing:
         pytest.skip(f"not beside this repository: ../shared/data/{', '.join(missing)}")
     found = dry_run(name, folder, steps=steps)
-    print(*band_lines(found.evaluation, RECIPES[name].measure), sep="\n")
     losses = [record["loss"] for record in read_metrics(found.folder / "metrics.jsonl") if record["event"] == "step"]
     assert losses and all(math.isfinite(loss) for loss in losses)
     return found, losses
@@ -47,6 +46,7 @@ def check(name: str, found: DryRun) -> None:
     told = {band: results["bands"][band]["classes"] for band in ("rare", "common", "frequent")}
     assert of_bands is None or told == of_bands
     assert sum(told.values()) >= present > 0, "every class that is evaluated has a band"
+    assert any(line.split()[:3] == ["all", f"{classes:,}", f"{present:,}"] for line in found.printed.splitlines())
     page = (found.folder / "report" / "index.html").read_text()
     assert "By frequency band" in page and f"{present} of {count(classes)} classes occur" in page
     last = max((found.folder / "checkpoints").glob("step-*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 from mf_scale.config.load import config_files, load_config
 from mf_scale.config.schema import Config, LossConfig
 from mf_scale.config.validate import plan_batch, validate
+from mf_scale.evaluation.results import bands_table
 from mf_scale.plan.parts import count_parts
 from mf_scale.unify import MergeTable, Source, Unified, unify
 from mf_scale.vocabulary import Vocabulary
-from tests.dry_run import band_lines
 from tests.recipe_samples import CONFIGS, RECIPES, SHARED, VOCABULARIES, as_lvis_v1, write_bands
 
 RECIPE_FILES = sorted(path for name in RECIPES for path in (CONFIGS / name).glob("*.yaml"))
@@ -120,14 +119,16 @@ def test_bands_of_a_sample_are_written_into_its_vocabulary(tmp_path: Path) -> No
 
 def test_the_table_by_bands_counts_what_the_split_holds() -> None:
     bands = {"of_class": ["rare", "rare", "common", None]}
-    semantic = {"mIoU": 0.5, "per_class": {"IoU": [0.25, None, None, 0.75]}}
-    lines = [line.split() for line in band_lines({"bands": bands, "semantic": semantic}, "mIoU")]
-    assert lines == [
-        ["band", "classes", "in", "split", "mIoU"],
-        ["rare", "2", "1", "25.00"],
-        ["common", "1", "0", "-"],
-        ["frequent", "0", "0", "-"],
-        ["no", "band", "1", "1", "75.00"],
-        ["all", "4", "2", "50.00"],
+    semantic, instances = {"IoU": [0.25, None, None, 0.75]}, {"AP": [None, None, 0.125, 0.5]}
+    results = {"bands": bands, "semantic": {"per_class": semantic}, "instances": {"per_class": instances}}
+    lines = bands_table(results).splitlines()
+    assert [line.split() for line in lines] == [
+        ["band", "classes", "in", "split", "mIoU", "AP"],
+        ["rare", "2", "1", "25.00", "-"],
+        ["common", "1", "1", "-", "12.50"],
+        ["frequent", "0", "0", "-", "-"],
+        ["no", "band", "1", "1", "75.00", "50.00"],
+        ["all", "4", "3", "50.00", "31.25"],
     ]
-    assert all(len(a) == len(b) for a, b in pairwise(band_lines({"bands": bands, "semantic": semantic}, "mIoU")))
+    assert len({len(line) for line in lines}) == 1
+    assert bands_table({"semantic": {"per_class": semantic}}) == ""

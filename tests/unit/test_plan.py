@@ -175,7 +175,10 @@ def test_the_source_tells_classes_epochs_and_segments(capsys: pytest.CaptureFixt
     assert plan["duration"]["epochs"] == 400 * 8 / index.samples
     assert plan["stages"][2]["activations"]["inputs"] == 0
     wrong = [str(CONFIGS / "demo.yaml"), f"data.train={packed}", "model.num_classes=9000"]
-    for said, words in ((wrong, "num_classes = 9000, but"), ([*wrong[:2], "data.merge=[nowhere.json]"], "nowhere.json")):
+    for said, words in (
+        (wrong, "num_classes = 9000, but"),
+        ([*wrong[:2], "data.merge=[nowhere.json]"], "nowhere.json"),
+    ):
         assert main(["plan", *said]) == 2  # what a training refuses, a plan does not promise
         assert words in capsys.readouterr().err
     assert plan["memory_bytes"]["total"] == plan["stages"][2]["total"] - plan["stages"][2]["activations"]["peak"]
