@@ -39,6 +39,8 @@ class Vocabulary:
     classes: tuple[ClassInfo, ...]
     members: tuple[tuple[tuple[str, str], ...], ...] = field(default=(), compare=False)
     """[K] of (vocabulary, class) that each class was made of, where it was unified from several; else none."""
+    made_of: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    """Name and digest of the vocabularies of `members`; none also where they were not kept yet."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -75,11 +77,15 @@ class Vocabulary:
     def to_dict(self) -> dict[str, Any]:
         """JSON's form; a count that is not known is left out."""
         classes = [asdict(c) for c in self.classes]
-        told = {
+        told: dict[str, Any] = {
             "name": self.name,
             "classes": [{k: v for k, v in c.items() if k != "images" or v is not None} for c in classes],
         }
-        return told | ({"members": [[list(member) for member in own] for own in self.members]} if self.members else {})
+        if self.members:
+            told["members"] = [[list(member) for member in own] for own in self.members]
+        if self.made_of:
+            told["made_of"] = dict(self.made_of)
+        return told
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], *, where: str = "") -> Vocabulary:
@@ -88,14 +94,15 @@ class Vocabulary:
             classes = tuple(
                 ClassInfo(
                     _text(c["name"]),
-                    bool(c["thing"]),
+                    _thing(c["thing"]),
                     int(c["source_id"]),
                     _band(c.get("frequency")),
                     _images(c.get("images")),
                 )
                 for c in data["classes"]
             )
-            vocabulary = Vocabulary(_text(data["name"]), classes, _members(data.get("members"), len(classes)))
+            made_of = tuple((_text(own), _text(digest)) for own, digest in data.get("made_of", {}).items())
+            vocabulary = Vocabulary(_text(data["name"]), classes, _members(data.get("members"), len(classes)), made_of)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"the vocabulary cannot be read: {type(error).__name__} {error}",
@@ -150,9 +157,17 @@ def _members(said: Any, classes: int) -> tuple[tuple[tuple[str, str], ...], ...]
 
 def _text(said: Any) -> str:
     """A name; ValueError for half a character, which JSON can say and no file can hold."""
-    name = str(said)
-    name.encode()
-    return name
+    if not isinstance(said, str):
+        raise ValueError(f"name {said!r} is no text")
+    said.encode()
+    return said
+
+
+def _thing(said: Any) -> bool:
+    """True, false, or 1 and 0; ValueError for anything else: a text would always be true."""
+    if said in (True, False):
+        return bool(said)
+    raise ValueError(f"thing {said!r} is neither true nor false")
 
 
 def _band(said: Any) -> str | None:

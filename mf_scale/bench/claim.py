@@ -20,7 +20,7 @@ from mf_scale.bench.claim_split import Bands, make_split, open_pool, pool_digest
 from mf_scale.bench.claim_table import claim_table, summarise
 from mf_scale.config.load import config_to_dict, is_overridden, load_config
 from mf_scale.config.schema import Config
-from mf_scale.config.validate import check_vocabulary, validate
+from mf_scale.config.validate import check_vocabulary, plan_batch, validate
 from mf_scale.data.index import Index
 from mf_scale.distributed.launch import launch
 from mf_scale.errors import EXIT_FAULT, FaultError, StoppedOnRequest, UserError
@@ -115,6 +115,7 @@ def _check(asked: Asked, config: Config, pool: Sequence[Index]) -> None:
     if not all(0 < rate < math.inf for rate in asked.rates):
         raise UserError("a learning rate is a number above 0", where="--rates")
     check_vocabulary(config, pool[0].packed, where=where)
+    plan_batch(config, asked.processes)
     for kind in KINDS:  # all of it before the first of them is trained
         data = replace(config.data, train=asked.sources[0], val=asked.sources[0])
         validate(replace(config, data=data, model=replace(config.model, kind=kind)))
@@ -186,8 +187,10 @@ def _call(arguments: Sequence[str], asked: Asked, run: RunDir, stops: list[str])
     if code and stops:
         raise StoppedOnRequest
     if code:
-        kind = FaultError if code == EXIT_FAULT else UserError
-        remedy = "What it said stands above. The same command goes on."
+        kind, then = UserError, "Correct that first."
+        if code == EXIT_FAULT:
+            kind, then = FaultError, "The same command goes on."
+        remedy = f"What it said stands above. {then}"
         raise kind(f"{arguments[0]} ended with exit code {code}", where=str(run.path), remedy=remedy)
 
 

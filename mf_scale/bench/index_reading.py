@@ -52,12 +52,17 @@ class Reading:
     """What is made once a start: bounds of blocks, repeat factors."""
     first_plan_ms: float
     """Sample ids of the first global batch, with the epoch's order of blocks."""
+    first_plan_cpu_ms: float
+    """Of that, what the processor computed: no wait for a disk or for a core that others use."""
     late_plan_ms: float
     """The same in a fresh order, at the late step."""
+    late_plan_cpu_ms: float
     turn_ms: float
     """Of that, the epoch's order of blocks: once an epoch, and at a start before the workers are forked."""
     next_plan_ms: float
     """Of each of the steps behind that, in the middle."""
+    next_plan_cpu_ms: float
+    """In the middle too."""
     rank_ms: float
     """Sample ids of one rank at a step, in the middle."""
     worker_ms: float
@@ -79,19 +84,36 @@ class Task(NamedTuple):
     law: Law
 
 
+class _Spent(NamedTuple):
+    """Seconds by the clock and of them by the processor, in this thread."""
+
+    wall: float
+    cpu: float
+
+    def plus(self, other: _Spent) -> _Spent:
+        return _Spent(self.wall + other.wall, self.cpu + other.cpu)
+
+    def minus(self, other: _Spent) -> _Spent:
+        return _Spent(self.wall - other.wall, self.cpu - other.cpu)
+
+    def times(self, count: int) -> _Spent:
+        return _Spent(self.wall * count, self.cpu * count)
+
+
 class _Times(NamedTuple):
     """Seconds of what a Reading has in ms."""
 
-    first: float
-    late: float
+    first: _Spent
+    late: _Spent
     turn: float
-    following: float
+    following: _Spent
     rank: float
     worker: float
 
     def reading(self, samples: int, opened: float, ordered: float, mib: tuple[float, float, float]) -> Reading:
-        first, late, turn, following, rank, worker = (1000 * seconds for seconds in self)
-        return Reading(samples, opened, ordered, first, late, turn, following, rank, worker, *mib)
+        first, late, following = (spent.times(1000) for spent in (self.first, self.late, self.following))
+        turn, rank, worker = (1000 * seconds for seconds in (self.turn, self.rank, self.worker))
+        return Reading(samples, opened, ordered, *first, *late, turn, *following, rank, worker, *mib)
 
 
 def private_mib(pid: int | str = "self") -> float:
@@ -111,15 +133,16 @@ def read_ours(task: Task) -> Reading:
         def plan(order: SampleOrder, step: int, lanes: Any = np.s_[:]) -> np.ndarray:
             return order.sample_ids(positions(stream, step)[lanes])
 
-        first = _timed(partial(plan, order_of(index, stream), 0))[1]
+        first = _spent(partial(plan, order_of(index, stream), 0))
         order = order_of(index, stream)
-        turn = _timed(partial(plan, order, LATE, [0]))[1]
-        late = turn + _timed(partial(plan, order, LATE))[1]
-        following = [_timed(partial(plan, order, LATE + 1 + i))[1] for i in range(_NEXT)]
+        turn = _spent(partial(plan, order, LATE, [0]))
+        late = turn.plus(_spent(partial(plan, order, LATE)))
+        following = [_spent(partial(plan, order, LATE + 1 + i)) for i in range(_NEXT)]
         private = private_mib() - before
         by_rank, by_worker = _shares(law, stream, order, plan)
     workers_own = _in_a_worker(lambda: plan(order, LATE + stream.length // stream.count + 1, [0]))
-    times = _Times(first, late, turn, median(following), by_rank, by_worker)
+    middle = _Spent(median(spent.wall for spent in following), median(spent.cpu for spent in following))
+    times = _Times(first, late, turn.wall, middle, by_rank, by_worker)
     return times.reading(index.samples, opened, ordered, (private, most[0], workers_own))
 
 
@@ -185,15 +208,15 @@ def read_list(task: Task) -> Reading:
         def take(first: int, end: int) -> list[Any]:
             return [records[i] for i in order[first:end]]
 
-        shuffled = _timed(lambda: random.Random(0).shuffle(order))[1]
-        first = shuffled + _timed(lambda: take(0, batch))[1]
-        following = _timed(lambda: take(batch, 2 * batch))[1]
+        shuffled = _spent(lambda: random.Random(0).shuffle(order))
+        first = shuffled.plus(_spent(lambda: take(0, batch)))
+        following = _spent(lambda: take(batch, 2 * batch))
         by_rank = _timed(lambda: take(batch, batch + len(range(0, batch, task.law.ranks))))[1]
         private = private_mib() - before
     # Its epoch's shuffle is drawn from where the generator stands, so a late step first draws all epochs before it.
-    late = first * (LATE * batch // len(records) + 1)
+    late = first.times(LATE * batch // len(records) + 1)
     workers_own = _in_a_worker(lambda: [records[i] for i in order])
-    times = _Times(first, late, late - following, following, by_rank, by_rank)
+    times = _Times(first, late, late.minus(following).wall, following, by_rank, by_rank)
     return times.reading(len(records), opened, 0.0, (private, most[0], workers_own))
 
 
@@ -207,6 +230,13 @@ def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
     began = time.perf_counter()
     made = act()
     return made, time.perf_counter() - began
+
+
+def _spent(act: Callable[[], Any]) -> _Spent:
+    """Of this thread alone: the one that watches the memory meanwhile does not count."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    act()
+    return _Spent(time.perf_counter() - wall, time.thread_time() - cpu)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mf_scale.config.schema import Config
 from mf_scale.data.index import Index
 from mf_scale.data.sources import continue_order
 from mf_scale.distributed.env import job_start
-from mf_scale.doctor.finding import OK, PROBLEM, WARNING, Finding, refused, size
+from mf_scale.doctor.finding import OK, PROBLEM, WARNING, Finding, refused
 from mf_scale.doctor.sizes import ModelSize
 from mf_scale.errors import FaultError, UserError
 from mf_scale.fragments import weight_shapes
@@ -228,8 +228,3 @@ def _bytes(folder: Path) -> int:
     with suppress(UserError, KeyError, TypeError, ValueError, AttributeError, FaultError):
         return sum(int(entry["size"]) for entry in read_json(folder / MANIFEST)["files"].values())
     return 0
-
-
-def told_size(held: Held) -> str:
-    """`3 checkpoints, 1.6 GiB`."""
-    return f"{held.checkpoints} checkpoint{'s' * (held.checkpoints != 1)}, {size(held.bytes)}"

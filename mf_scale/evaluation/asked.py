@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,18 @@ class Asked(nn.Module):
         return float(self.model.stride)  # type: ignore[arg-type]  # every kind of model has it
 
     def forward(self, images: Tensor) -> MaskPrediction | PixelPrediction:
-        """The model's prediction for uint8 images [B,3,H,W] without the hidden classes."""
-        prediction = self.model(images)
+        """The model's prediction for uint8 images [B,3,H,W] without the hidden classes.
+
+        They are hidden before the model's own hooks: logit adjustment, which is one, divides among the classes that
+        are left. Over all classes it would give the asked ones' share to a hidden one, and that then to no-object.
+        """
+        with self.model.register_forward_hook(self._hide, prepend=True):
+            prediction: MaskPrediction | PixelPrediction = self.model(images)
+        return prediction
+
+    def _hide(
+        self, model: nn.Module, inputs: Any, prediction: MaskPrediction | PixelPrediction
+    ) -> MaskPrediction | PixelPrediction:
         hidden = self.get_buffer("hidden")
         if isinstance(prediction, PixelPrediction):
             bias = hidden if prediction.bias is None else prediction.bias + hidden
@@ -39,6 +50,18 @@ class Asked(nn.Module):
         hidden = nn.functional.pad(hidden, (0, 1))  # no-object is always asked for
         bias = hidden if own.bias is None else own.bias + hidden
         return replace(prediction, classifier=Classifier(own.weight, bias))
+
+
+def hidden_classes(prediction: MaskPrediction | PixelPrediction) -> Tensor | None:
+    """The classes that the model was not asked for, bool [K]; None: there is none."""
+    if isinstance(prediction, PixelPrediction):
+        bias = prediction.bias
+    else:
+        bias = None if prediction.classifier.bias is None else prediction.classifier.bias[:-1]
+    if bias is None:
+        return None
+    hidden = bias == -torch.inf
+    return hidden if bool(hidden.any()) else None
 
 
 def asked(model: nn.Module, index: Index) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mf_scale.evaluation.asked import hidden_classes
 from mf_scale.evaluation.inference import class_probabilities
 from mf_scale.evaluation.masks import BUDGET_ELEMENTS, COPIES, FactoredMasks, bands
 from mf_scale.evaluation.views import View
@@ -31,7 +32,8 @@ def averaged_semantic(
     The score of a class is what `semantic` maximises, sum over queries of p(class | query) * sigmoid(mask logit)
     (MaskFormer's own test-time augmentation averages these), or a per-pixel model's softmax probability; both at the
     result's pixels. Windows of one scale and direction are averaged first, where they overlap. The two directions are
-    added before the scales, so that a mirrored image gives the mirrored result, bit for bit.
+    added before the scales, so that a mirrored image gives the mirrored result, bit for bit. Scores of NaN, of a model
+    that diverged, have a class too, always the same.
     """
     prediction = scales[0][0].prediction
     queries, classes = _extent_of_classes(prediction)
@@ -39,7 +41,8 @@ def averaged_semantic(
     chunk = max(1, min(classes, (budget // size[1] - COPIES * queries) // _SUMS))
     band = max(1, budget // (size[1] * (COPIES * queries + _SUMS * chunk)))
     makers = [[(view, _scores(view, size, chunk)) for view in views] for views in scales]
-    result = torch.empty(size, dtype=torch.int64, device=device)
+    hidden = hidden_classes(prediction)
+    result = torch.zeros(size, dtype=torch.int64, device=device)
     for rows in bands(size[0], band):
         best = torch.full((rows.stop - rows.start, size[1]), -torch.inf, device=device)
         for start in range(0, classes, chunk):
@@ -47,8 +50,10 @@ def averaged_semantic(
             total = _of_scale(makers[0], rows, part, size[1])
             for views in makers[1:]:
                 total += _of_scale(views, rows, part, size[1])
+            if hidden is not None:
+                total[hidden[part]] = -torch.inf  # not even where all scores are 0
             score, label = total.max(0)
-            better = score > best
+            better = (score > best) | (score.isnan() & ~best.isnan())  # as one argmax of all scores has it
             best = torch.where(better, score, best)
             result[rows] = torch.where(better, label + start, result[rows])
     return result

@@ -34,9 +34,15 @@ class Chunk(NamedTuple):
     """The largest of the weights, and no smaller than any of a later chunk."""
 
 
-def chunks(weights: Tensor) -> list[Chunk]:
-    """Weights [Q,K] by the classes' largest probabilities, the likely classes first."""
+def chunks(weights: Tensor, hidden: Tensor | None = None) -> list[Chunk]:
+    """Weights [Q,K] by the classes' largest probabilities, the likely classes first.
+
+    The `hidden` classes, bool [K], are in no chunk: else one could win where all scores are 0. If all are, none is.
+    """
     largest, by_largest = weights.amax(0).sort(descending=True, stable=True)
+    if hidden is not None and not bool(hidden.all()):
+        shown = ~hidden[by_largest]
+        largest, by_largest = largest[shown], by_largest[shown]
     parts = zip(largest.split(CLASSES_AT_ONCE), by_largest.split(CLASSES_AT_ONCE), strict=True)
     found = []
     for of_part, ordered in parts:

@@ -176,7 +176,8 @@ def _own_score(heard: Said, sample: EvalSample, flat: NDArray[Any], vocabulary: 
     among, place = _among(np.union1d(occurring, heard.segments.labels), len(vocabulary))
     own = PanopticCounts(among, [True] * among)
     labels = place[heard.segments.labels], place[sample.labels]
-    own.update(heard.segments.segment_map, labels[0], flat, labels[1], sample.crowd)
+    judged, partly = _judged(heard.segments, sample)
+    own.update(judged, labels[0], flat, labels[1], sample.crowd, place[partly])
     return own.results()["all"]["PQ"]
 
 
@@ -189,7 +190,21 @@ def _among(labels: NDArray[np.int64], classes: int) -> tuple[int, NDArray[np.int
 
 
 def _add_segments(counts: PanopticCounts, said: Segmentation, sample: EvalSample, flat: NDArray[Any]) -> None:
-    counts.update(said.segment_map, said.labels, flat, sample.labels, sample.crowd)
+    judged, partly = _judged(said, sample)
+    counts.update(judged, said.labels, flat, sample.labels, sample.crowd, partly)
+
+
+def _judged(said: Segmentation, sample: EvalSample) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The map of what was said, NONE where nobody looked for the class; the classes that are not marked throughout.
+
+    As InstanceRecords keeps what was found: in a federated image only classes that are marked or known to be absent.
+    """
+    federated = sample.federated
+    if federated is None:
+        return said.segment_map, np.zeros(0, dtype=np.int64)
+    looked_for = np.isin(said.labels, np.union1d(federated.negative, sample.labels))
+    dropped = np.append(~looked_for, False)[np.maximum(said.segment_map, -1)]
+    return np.where(dropped, NONE, said.segment_map), federated.not_exhaustive
 
 
 def _panoptic_results(counts: PanopticCounts) -> dict[str, Any]:

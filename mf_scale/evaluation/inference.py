@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mf_scale.evaluation.asked import hidden_classes
 from mf_scale.evaluation.class_maximum import CLASSES_AT_ONCE, chunks, most_probable_class
 from mf_scale.evaluation.masks import BUDGET_ELEMENTS, COPIES, Extent, FactoredMasks, mask_logit, packed
 from mf_scale.models.outputs import MaskPrediction
@@ -64,9 +65,10 @@ def semantic(
     """
     (images, queries), classes = prediction.mask_embeddings.shape[:2], prediction.classifier.classes
     result = torch.empty((images, *size), dtype=torch.int64, device=prediction.pixel_embeddings.device)
+    hidden = hidden_classes(prediction)
     pixels = max(1, budget // (COPIES * queries + min(classes, CLASSES_AT_ONCE)))
     for image in range(images):
-        likely_first = chunks(class_probabilities(prediction, image)[:, :-1])
+        likely_first = chunks(class_probabilities(prediction, image)[:, :-1], hidden)
         masks = FactoredMasks(prediction.mask_embeddings[image], prediction.pixel_embeddings[image], size, extent)
         for columns, strip in masks.strips(min(pixels, size[1])):
             for rows, logits in strip.bands(max(1, pixels // size[1])):
@@ -123,17 +125,18 @@ def instance(
     """Instances of each image: the `top_k` most probable (query, thing class) pairs, best score first.
 
     score = class probability (softmax with no-object) x mask quality, the mean probability inside the mask, which is
-    where the upsampled mask has `mask_threshold` (0.5) or more; pairs with a lower score than `score_threshold` and
-    masks without a pixel are dropped. The paper has no instance inference: the rule is Mask2Former's (Cheng et al.
-    2022), with its 100 pairs an image and no score threshold, as COCO's AP wants it. It drops stuff after it has taken
-    the best pairs; here stuff takes no thing's place.
+    where the upsampled mask has `mask_threshold` (0.5) or more; pairs with a lower score than `score_threshold`, masks
+    without a pixel and classes without any probability (hidden ones) are dropped. The paper has no instance inference:
+    the rule is Mask2Former's (Cheng et al. 2022), with its 100 pairs an image and no score threshold, as COCO's AP
+    wants it. It drops stuff after it has taken the best pairs; here stuff takes no thing's place.
     """
     results = []
     kind = torch.tensor(list(things), dtype=torch.bool, device=prediction.class_embeddings.device).nonzero().flatten()
     for image in range(len(prediction.class_embeddings)):
         probabilities = class_probabilities(prediction, image)[:, kind].flatten()  # [Q x things]
         pairs = _most_probable(probabilities, top_k)
-        pairs = pairs[probabilities[pairs] >= score_threshold]  # no mask makes a score higher than this
+        likely = probabilities[pairs]
+        pairs = pairs[(likely >= score_threshold) & (likely > 0)]  # no mask makes a score higher than this
         queries = pairs // max(1, len(kind))
         used, row = queries.unique(return_inverse=True)
         masks = FactoredMasks(prediction.mask_embeddings[image][used], prediction.pixel_embeddings[image], size, extent)

@@ -97,12 +97,13 @@ class PanopticCounts:
         truth_map: NDArray[Any],
         truth_labels: Sequence[int] | NDArray[Any],
         crowd: Sequence[bool] | NDArray[Any],
+        not_exhaustive: Sequence[int] | NDArray[Any] = (),
     ) -> None:
         """Add one image: maps [H,W] of indices into the labels ([P] and [T]; crowd [T]); negative values are void.
 
         COCO's rules: a pair of one class with IoU > 0.5 matches, void pixels left out of the union; crowd segments
         match nothing and are no misses; a prediction that lies mostly (> 0.5) on void or on crowd of its own class is
-        no false positive.
+        no false positive. Nor is one of a class of which not everything is marked (`not_exhaustive`).
         """
         predicted_labels, truth_labels = np.asarray(predicted_labels, np.int64), np.asarray(truth_labels, np.int64)
         crowd = np.asarray(crowd, dtype=bool)
@@ -117,6 +118,7 @@ class PanopticCounts:
         hits = iou > 0.5  # at most one a row and a column
         excused = void + (overlap * (same & crowd[None])).sum(1)
         wrong = ~hits.any(1) & (predicted_area > 0) & ~(excused > 0.5 * predicted_area)
+        wrong &= ~np.isin(predicted_labels, not_exhaustive)
         missed = ~hits.any(0) & ~crowd & (truth_area > 0)
         matched, match_of = np.nonzero(hits)
         units = np.rint(iou[matched, match_of] * IOU_UNIT).astype(np.int64)

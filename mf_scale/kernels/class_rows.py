@@ -66,6 +66,16 @@ class Logits:
             return left @ right if total is None else total.addmm_(left, right)
 
 
+def shift_among_classes(logits: Tensor, added: Tensor) -> Tensor:
+    """What a row of logits [.,K] gets besides `added` [K] so that its logsumexp stays as it is, [.].
+
+    So the classes share anew what they have together, and no-object beside them keeps its probability.
+    """
+    shift = logits.logsumexp(dim=-1) - (logits + added).logsumexp(dim=-1)
+    # All classes hidden: there is nothing to share.
+    return torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
+
+
 def asked_classes(class_mask: Tensor, labels: Tensor) -> Tensor:
     """A batch's class mask [B,K] as the logits have it, [B,K+1], no-object counted.
 

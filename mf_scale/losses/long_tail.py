@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mf_scale.config.schema import LossConfig
+from mf_scale.kernels.class_rows import shift_among_classes
 from mf_scale.vocabulary import log_prior
 
 _SMALLEST_OWN = 0.01
@@ -73,7 +74,8 @@ class BalancedSoftmax:
     @torch.no_grad()
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Adjustment`; the same for every target."""
-        return F.pad(recentred(logits[:, :-1], self._prior.like(logits)), (0, 1))
+        prior = self._prior.like(logits)
+        return F.pad(prior + shift_among_classes(logits[:, :-1], prior)[:, None], (0, 1))
 
 
 class Seesaw:
@@ -118,18 +120,6 @@ class Equalisation:
         added = weight.expand(len(targets), -1).clone()
         own = targets.clamp(max=len(weight) - 1)[:, None]
         return _for_objects(added.scatter_(1, own, 0.0), targets)
-
-
-def recentred(logits: Tensor, added: Tensor) -> Tensor:
-    """`added` [K] plus the number a row that leaves logsumexp(logits [n,K]) as it is, [n,K].
-
-    So the classes share anew what they have together, and no-object beside them keeps its probability.
-    """
-    shift = logits.logsumexp(dim=-1) - (logits + added).logsumexp(dim=-1)
-    shift = torch.where(
-        shift.isfinite(), shift, torch.zeros_like(shift)
-    )  # all classes unknown: there is nothing to share
-    return added + shift[..., None]
 
 
 def _for_objects(added: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mf_scale.data.batch import Batch
+from mf_scale.data.batch import UNKNOWN, Batch
+from mf_scale.kernels.class_rows import asked_classes
 from mf_scale.losses.pixel_loss import UNCOUNTED, pixel_losses
 from mf_scale.losses.terms import LossTerms
 from mf_scale.models.outputs import PixelPrediction
@@ -19,6 +20,7 @@ class PixelCriterion:
 
     Pixels that are NONE or IGNORE are out. All outputs of the model take part for every batch by the same operations,
     also for one without a labelled pixel, whose loss is 0. (The paper's code takes the mean of each GPU's share.)
+    Classes that are unknown in an image are in no softmax of its pixels.
     """
 
     names: tuple[str, ...] = ("pixel",)
@@ -43,7 +45,7 @@ class PixelCriterion:
             embeddings, pixels = _wide(prediction.stacked()), _wide(prediction.pixel_embeddings)
             bias = prediction.bias
             bias = embeddings.new_zeros(embeddings.shape[2]) if bias is None else _wide(bias)
-            total, layers = pixel_losses(embeddings, pixels, bias, pixel_classes(batch))
+            total, layers = pixel_losses(embeddings, pixels, bias, pixel_classes(batch), unknown_classes(batch))
             total = total / normalisers
         return LossTerms(total, {"pixel": total.detach()}, layers={"pixel": layers / normalisers})
 
@@ -54,6 +56,16 @@ def pixel_classes(batch: Batch) -> Tensor:
     labels = F.pad(batch.labels, (0, 1), value=UNCOUNTED)
     index = torch.where(segment_map >= 0, segment_map, labels.shape[1] - 1)
     return labels.gather(1, index.flatten(1)).view_as(segment_map)
+
+
+def unknown_classes(batch: Batch) -> Tensor | None:
+    """Classes that leave the softmax of an image's pixels, bool [B,K]; None where all is known of all images.
+
+    NOT_EXHAUSTIVE stays: a counted pixel has a class, so there is no pixel that "found something that is not marked".
+    """
+    if batch.class_mask is None:
+        return None
+    return asked_classes(batch.class_mask, batch.labels)[:, :-1] == UNKNOWN
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -21,34 +21,50 @@ _BAND_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """Logits worked on at once: what about stays in a CPU's cache, 128 MiB on a GPU."""
 
 
-def pixel_loss(class_embeddings: Tensor, pixel_embeddings: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
+def pixel_loss(
+    class_embeddings: Tensor,
+    pixel_embeddings: Tensor,
+    bias: Tensor,
+    classes: Tensor,
+    unknown: Tensor | None = None,
+) -> Tensor:
     """Sum over images, layers and counted pixels of the cross-entropy of upsampled logits; differentiable scalar.
 
     `class_embeddings` [B,S,K,C], `pixel_embeddings` [B,C,h,w], `bias` [K], all fp32 or fp64; `classes` int64 [B,H,W]
-    with UNCOUNTED. Bilinear upsampling with align_corners False, as in the paper's code.
+    with UNCOUNTED. `unknown` bool [B,K]: classes that are not in the softmax of the image, none of them a pixel's;
+    their gradients are exactly 0. Bilinear upsampling with align_corners False, as in the paper's code.
     """
-    return pixel_losses(class_embeddings, pixel_embeddings, bias, classes)[0]
+    return pixel_losses(class_embeddings, pixel_embeddings, bias, classes, unknown)[0]
 
 
 def pixel_losses(
-    class_embeddings: Tensor, pixel_embeddings: Tensor, bias: Tensor, classes: Tensor
+    class_embeddings: Tensor,
+    pixel_embeddings: Tensor,
+    bias: Tensor,
+    classes: Tensor,
+    unknown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the sums of each layer [S], which have no gradient."""
-    total, by_layer = _PixelLoss.apply(class_embeddings, pixel_embeddings, bias, classes)
+    if unknown is not None:  # of an image without a known class no pixel counts: a softmax over nothing would be NaN
+        unknown = unknown & ~unknown.all(1, keepdim=True)
+    total, by_layer = _PixelLoss.apply(class_embeddings, pixel_embeddings, bias, classes, unknown)
     return total, by_layer
 
 
 class _PixelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, pixels: Tensor, bias: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, embeddings: Tensor, pixels: Tensor, bias: Tensor, classes: Tensor, unknown: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
         gradients = [t.new_zeros(t.shape) for t in (embeddings, pixels, bias)] if wanted else None  # contiguous
         upsample = _Upsampling(pixels.shape[-2:], classes.shape[-2:], pixels)
         total, by_layer = pixels.new_zeros(()), pixels.new_zeros(embeddings.shape[1])
         for b, image in enumerate(pixels.flatten(2)):
+            out = None if unknown is None else unknown[b, :, None, None]
             for s, rows in enumerate(embeddings[b]):
                 logits = torch.addmm(bias[:, None], rows, image).unflatten(1, pixels.shape[-2:])
-                loss, at_logits = _cross_entropy(logits, classes[b], upsample, wanted)
+                loss, at_logits = _cross_entropy(logits, classes[b], out, upsample, wanted)
                 total += loss
                 by_layer[s] += loss
                 if gradients is not None and at_logits is not None:
@@ -63,26 +79,33 @@ class _PixelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient * grad_total for gradient in ctx.saved_tensors), None)
+        return (*(gradient * grad_total for gradient in ctx.saved_tensors), None, None)
 
 
 def _cross_entropy(
-    logits: Tensor, classes: Tensor, upsample: _Upsampling, want_gradient: bool
+    logits: Tensor, classes: Tensor, out: Tensor | None, upsample: _Upsampling, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one image's coarse logits [K,h,w] against classes [H,W], and the gradient of it, [K,h,w]."""
+    """Summed loss of one image's coarse logits [K,h,w] against classes [H,W], and the gradient of it, [K,h,w].
+
+    Classes that are `out`, bool [K,1,1], leave the softmax after the upsampling, which would make NaN of -inf.
+    """
     total = logits.new_zeros(())
     gradient = torch.zeros_like(logits) if want_gradient else None
     for rows, cells, down in upsample.bands(len(logits)):
         across = upsample.across
         target = classes[rows]
-        counted = (target != UNCOUNTED).to(logits.dtype)
+        counted = target != UNCOUNTED
         target = target.clamp(min=0)[None]
-        log_probability = (down @ logits[:, cells] @ across.T).log_softmax(0)
-        total -= (log_probability.gather(0, target)[0] * counted).sum()
+        upsampled = down @ logits[:, cells] @ across.T
+        if out is not None:
+            upsampled.masked_fill_(out, -torch.inf)
+        log_probability = upsampled.log_softmax(0)
+        del upsampled
+        total -= log_probability.gather(0, target)[0].masked_fill_(~counted, 0).sum()
         if gradient is not None:
             at_map = log_probability.exp_()
             at_map.scatter_(0, target, at_map.gather(0, target) - 1)
-            gradient[:, cells] += down.T @ (at_map.mul_(counted) @ across)
+            gradient[:, cells] += down.T @ (at_map.mul_(counted.to(logits.dtype)) @ across)
     return total, gradient
 
 

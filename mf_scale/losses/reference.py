@@ -140,7 +140,11 @@ def reference_loss(
 
 
 def reference_pixel_loss(prediction: PixelPrediction, batch: Batch, pixels: float) -> Tensor:
-    """Per-pixel cross-entropy of a batch over `pixels`, summed over layers: dense logits, a segment at a time."""
+    """Per-pixel cross-entropy of a batch over `pixels`, summed over layers: dense logits, a segment at a time.
+
+    Classes that are unknown in an image are not in the softmax of its pixels. (NOT_EXHAUSTIVE is known: every counted
+    pixel has a class.)
+    """
     size = batch.segment_map.shape[-2:]
     total = prediction.pixel_embeddings.new_zeros(())
     for embeddings in (*prediction.aux, prediction.class_embeddings):
@@ -149,7 +153,8 @@ def reference_pixel_loss(prediction: PixelPrediction, batch: Batch, pixels: floa
             logits = logits + prediction.bias[None, :, None, None]
         upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         for image, segment_map in enumerate(batch.segment_map[:, 0]):
+            asked = without(upsampled[image].movedim(0, -1), unknown_classes(batch, image))
             for segment in range(segment_count(batch, image)):
-                log_probability = upsampled[image].log_softmax(dim=0)[batch.labels[image, segment]]
+                log_probability = asked.log_softmax(dim=-1)[..., batch.labels[image, segment]]
                 total = total - log_probability[segment_map == segment].sum() / max(1.0, pixels)
     return total

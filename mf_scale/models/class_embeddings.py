@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mf_scale.errors import UserError
 from mf_scale.vocabulary import Vocabulary
@@ -26,6 +26,8 @@ VOCABULARY, NAMES = "vocabulary", "names"
 """Keys of a safetensors file's metadata."""
 _SHOWN = 5
 _FLOATS = ("float16", "float32")
+_UNREADABLE = (ValueError, OSError, TypeError, EOFError, KeyError, SyntaxError, OverflowError, TokenError)
+"""What numpy raises for a header that it cannot make sense of."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ def read_class_embeddings(path: str) -> ClassEmbeddings:
     names = tuple(vocabulary.names) if vocabulary is not None else _names(metadata, path)
     if names is not None and len(names) != len(matrix):
         raise UserError(f"{len(matrix):,} rows of class embeddings have {len(names):,} names", where=path)
-    rows = matrix.float()
+    rows = matrix.double()
     _refuse_unusable(rows, names, path)
-    return ClassEmbeddings(F.normalize(rows.double(), dim=1).float(), vocabulary, names, path)
+    # Not by `normalize`, which takes rows shorter than 1e-12 for zero.
+    return ClassEmbeddings((rows / rows.norm(dim=1, keepdim=True)).float(), vocabulary, names, path)
 
 
 def rows_for(embeddings: ClassEmbeddings, vocabulary: Vocabulary) -> Tensor:
@@ -176,9 +179,11 @@ def _read_safetensors(file: Path) -> tuple[Tensor, dict[str, str]]:
 
 def _read_npy(file: Path) -> tuple[Tensor, dict[str, str]]:
     try:
-        array = np.load(file, allow_pickle=False)
-        return torch.from_numpy(np.ascontiguousarray(array)), {}
-    except (ValueError, OSError, TypeError, EOFError) as error:
+        # Mapped: a header may tell of more than the file holds, for which memory would be taken before it is read.
+        # Nor does a map open archives and objects, as numpy's `load` would.
+        mapped = np.lib.format.open_memmap(file, mode="r")
+        return torch.from_numpy(np.array(mapped, order="C")), {}
+    except _UNREADABLE as error:
         raise UserError(
             f"the file of class embeddings cannot be read: {error}",
             where=str(file),

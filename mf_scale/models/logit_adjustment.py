@@ -3,6 +3,8 @@
 tau x log prior is taken off each class's logit. no-object has no share among the images: of each query it keeps its
 probability to the bit of rounding, and the classes share the rest anew. Taken off plainly, a query without an object
 would be called rare: a class that is seen a thousand times less than the mean gains 6.9 on no-object as well.
+
+Classes that are hidden (a logit of -inf) take no part: who hides some does so before, as `evaluation.asked` does.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mf_scale.errors import UserError
+from mf_scale.kernels.class_rows import shift_among_classes
 from mf_scale.models.outputs import Classifier, MaskPrediction, PixelPrediction
 from mf_scale.vocabulary import Vocabulary, log_prior
 
@@ -56,7 +59,7 @@ def _adjusted_masks(prediction: MaskPrediction, added: Tensor) -> MaskPrediction
         embeddings, given = prediction.class_embeddings.float(), prediction.classifier
         weight = given.weight.float()
         logits = given.logits(prediction.class_embeddings).float()[..., :-1]
-        shift = logits.logsumexp(dim=-1) - (logits + added).logsumexp(dim=-1)
+        shift = shift_among_classes(logits, added)
         of_classes = torch.ones_like(weight[:, :1])
         of_classes[-1].zero_()
         bias = F.pad(added, (0, 1))

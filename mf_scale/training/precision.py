@@ -55,7 +55,9 @@ def _fp32_products(tf32: bool, device: torch.device) -> str:
         for operator in (backends.mkldnn.matmul, backends.mkldnn.conv):
             operator.fp32_precision = "ieee"
         # Resumed with another number of them a run's losses differ in the 8th digit, from the first step on.
-        threads = f"sums: by {torch.get_num_threads()} threads (OMP_NUM_THREADS), another number rounds otherwise"
+        count = torch.get_num_threads()
+        own = f"{count} thread" if count == 1 else f"{count} threads"
+        threads = f"sums: by {own} (OMP_NUM_THREADS), another number rounds otherwise"
         return f"products in fp32: whole (TF32 is CUDA's); {threads}"
     chosen = "tf32" if tf32 else "ieee"
     for operator in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):

@@ -47,7 +47,7 @@ def group_members(kept: Mapping[Member, ClassInfo], statements: Sequence[Stateme
     """The groups, in the order in which `kept` has their first members.
 
     UserError where two classes of one vocabulary would become one that no single statement declares to be one, and
-    where two maps, which stand in two places, call different classes by one name.
+    where a map and another map, a table or an equal name, which stand in two places, make different classes one.
     """
     union = Union()
     for statement in statements:  # a name is a node as well: statements of one name speak of one class
@@ -89,19 +89,19 @@ def _refuse_undeclared(group: Group) -> None:
 def _refuse_crossed(group: Group, kept: Mapping[Member, ClassInfo]) -> None:
     """A vocabulary that has a class of the other's name of its own, elsewhere, tells that the two are not one."""
     own = set(group.members)
-    mapped = [(member, statement) for statement in group.statements if statement.by_map for member in statement.members]
-    for one, first in mapped:
-        for other, second in mapped:
+    said = [(member, statement) for statement in group.statements for member in statement.members]
+    for one, first in (pair for pair in said if pair[1].by_map):
+        for other, second in said:
             twin = one[0], other[1]
-            if first is second or one[1] == other[1] or twin in own or twin not in kept:
+            if one in second.members or one[1] == other[1] or twin in own or twin not in kept:
                 continue
             raise UserError(
                 f"sources map different classes to one: {quoted(*one)} is {first.name!r} by {first.origin} and "
                 f"{quoted(*other)} is {second.name!r} by {second.origin}, but {one[0]} has {other[1]!r} as another "
                 "class",
                 where="data.sources",
-                remedy="Correct a map; or, if the two are one class all the same, take them out of the maps and list "
-                "them in one row of a merge table.",
+                remedy="Correct the map; or, if the two are one class all the same, take them out of every map and "
+                "list them in one row of a merge table.",
             )
 
 

@@ -107,7 +107,7 @@ def unify(
     label_of = {member: label for label, group in enumerate(groups) for member in group.members}
     members = tuple(group.members for group in groups)
     return Unified(
-        Vocabulary(name, tuple(classes), members),
+        Vocabulary(name, tuple(classes), members, tuple((own.name, own.digest) for own in vocabularies.values())),
         tuple(_way_of(source, label_of, np.array(things)) for source in sources),
         members,
     )

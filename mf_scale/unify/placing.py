@@ -23,11 +23,13 @@ def place(
 
     In this order counts what says something of a class: the source's map, what the vocabulary was made of, the tables,
     and equal names where they are trusted. Raises UserError for a map to a class that is not there, a class that the
-    tables lead to two classes, a thing that would be stuff, and a source of which nothing is left.
+    tables lead to two classes, a thing that would be stuff, a source of which nothing is left, and one whose vocabulary
+    is not the one of its name that the run was made of.
     """
     own, names = source.vocabulary, {name: label for label, name in enumerate(vocabulary.names)}
     _refuse_unknown(source, names)
     known = _members(vocabulary)
+    _refuse_namesake(vocabulary, source, known)
     label_of = {own_name: names[target] for own_name, target in source.map.items() if target is not None}
     free = [name for name in own.names if name not in source.map]
     label_of |= {name: known[own.name, name] for name in free if (own.name, name) in known}
@@ -112,6 +114,30 @@ def _refuse_unknown(source: Source, names: dict[str, int]) -> None:
                 where=source.where,
                 remedy=f"{nearest(target, names)}What the run does not know is left out: map it to null.",
             )
+
+
+def _refuse_namesake(vocabulary: Vocabulary, source: Source, known: dict[Member, int]) -> None:
+    """Another vocabulary of a name that the run knows: its new classes would be left out, as if that had been said."""
+    own = source.vocabulary
+    members = {name for of, name in known if of == own.name}
+    digests = {vocabulary.name: vocabulary.digest} if same_classes(vocabulary) else dict(vocabulary.made_of)
+    if not members or digests.get(own.name) == own.digest:
+        return
+    gone = sorted(members - set(own.names))
+    said = () if own.name in digests else source.map
+    new = [name for name in own.names if name not in members and name not in said]
+    if own.name not in digests and not gone and not new:
+        return  # of the time before digests were kept; its members tell no more
+    told = [f"the source has no {listed([repr(name) for name in gone])}"] if gone else []
+    told += [f"no class of the run was made of {listed([repr(name) for name in new])}"] if new else []
+    leave_out = ", or map to null what training left out" if own.name not in digests and not gone else ""
+    raise UserError(
+        f"the source and the run have two different vocabularies named {own.name!r}: "
+        + ("; ".join(told) or "order or kinds of their classes differ"),
+        where=source.where,
+        remedy="Pack it again with the vocabulary that was trained on, or with one of another name whose classes data."
+        f"merge, data.by_name=true or a map then declare{leave_out} (docs/vocabularies.md).",
+    )
 
 
 def _refuse_kinds(vocabulary: Vocabulary, source: Source, labels: np.ndarray) -> None:

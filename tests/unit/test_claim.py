@@ -129,6 +129,7 @@ def test_a_seed_is_compared_before_the_next_begins(source: Path, tmp_path: Path)
         ({"overrides": [*PAINTED, "model.kind=per_pixel"]}, "model.kind is set by the experiment itself"),
         ({"overrides": [*PAINTED, "data.task=panoptic"]}, "need data.task=semantic"),
         ({"overrides": []}, "num_classes"),
+        ({"processes": 7}, "cannot be shared by 7 ranks"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(

@@ -31,6 +31,11 @@ def _save(matrix: Tensor, path: Path, **metadata: str) -> None:
     save_file({"x": matrix}, path, metadata or None)
 
 
+def _npy(path: Path, header: str) -> None:
+    """A file with this header and 64 bytes of numbers."""
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64))
+
+
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(painted_source(tmp_path_factory.mktemp("source")).source)
@@ -57,9 +62,15 @@ BROKEN = {
     "double": (lambda p: np.save(p / "x.npy", np.ones((4, 8))), r"\[4, 8\] of float64.*float16 or float32"),
     "pickled": (
         lambda p: np.save(p / "x.npy", np.array([_Trap(p / "sprung")], object), allow_pickle=True),
-        r"cannot be read: Object arrays cannot be loaded",
+        r"cannot be read: Array can't be memory-mapped: Python objects",
     ),
     "cut short": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY\x01"), r"cannot be read"),
+    "a broken archive": (lambda p: (p / "x.npy").write_bytes(b"PK\x03\x04 and no more"), r"cannot be read"),
+    "a broken header": (lambda p: _npy(p / "x.npy", "{'descr': '<f4', 'shape': (4, 8), 'x"), r"cannot be read"),
+    "petabytes": (
+        lambda p: _npy(p / "x.npy", f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**12}, 1000)}}"),
+        r"cannot be read",
+    ),
     "not finite": (lambda p: _save(_with(1, torch.nan), p / "x.safetensors"), r"1 of 4 .* not finite: row 1"),
     "infinite": (lambda p: _save(_with(2, -torch.inf), p / "x.safetensors"), r"1 of 4 .* not finite: row 2"),
     "zero row": (lambda p: _save(_with(3, 0.0), p / "x.safetensors"), r"1 of 4 .* are zero.*row 3"),

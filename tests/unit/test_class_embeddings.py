@@ -76,6 +76,9 @@ def test_rows_are_read_by_name_or_in_order_and_have_length_1(tmp_path: Path, kin
     for name in ("a.npy", "a.safetensors"):
         found = class_rows(str(tmp_path / name), VOCABULARY_4)
         assert found is not None and torch.equal(found, expected), name
+    np.save(tmp_path / "tiny.npy", rows.float().numpy() * np.float32(1e-30))
+    tiny = class_rows(str(tmp_path / "tiny.npy"), VOCABULARY_4)
+    assert tiny is not None and torch.allclose(tiny.norm(dim=1), torch.ones(4)), "a direction is one however short"
     assert class_rows(None, VOCABULARY_4) is None
 
 

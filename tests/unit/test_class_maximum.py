@@ -21,22 +21,31 @@ from mf_scale.evaluation.class_maximum import chunks, most_probable_class
     scores=st.integers(1, 60),
     empty=st.sampled_from([0.0, 0.5, 1.0]),
     sure=st.booleans(),
+    hide=st.sampled_from([0.0, 0.5, 0.9]),
 )
 def test_it_is_the_argmax_of_all_scores_with_ties_for_the_lowest_class(
-    seed: int, queries: int, classes: int, at_once: int, scores: int, empty: float, sure: bool
+    seed: int, queries: int, classes: int, at_once: int, scores: int, empty: float, sure: bool, hide: float
 ) -> None:
-    """Weights and masks are sixteenths, so that every sum is exact and many are equal."""
+    """Weights and masks are sixteenths, so that every sum is exact and many are equal.
+
+    Hidden classes have no weight, and do not win where all scores are 0 either; if all are hidden, none is.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randint(0, 4, (queries, classes), generator=generator) / 16
     if sure:
         weights[torch.arange(queries), torch.randint(0, classes, (queries,), generator=generator)] = 15 / 16
     masks = torch.randint(0, 17, (queries, 3, 5), generator=generator) / 16
     masks[:, torch.rand(3, 5, generator=generator) < empty] = 0
+    hidden = torch.rand(classes, generator=generator) < hide
+    weights[:, hidden] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(class_maximum, "CLASSES_AT_ONCE", at_once)
         patch.setitem(class_maximum._SCORES_AT_ONCE, "cpu", scores)
-        found = most_probable_class(chunks(weights), masks)
-    assert torch.equal(found, torch.einsum("qk,qhw->khw", weights, masks).argmax(0))
+        found = most_probable_class(chunks(weights, hidden if hide else None), masks)
+    scores_of_all = torch.einsum("qk,qhw->khw", weights, masks)
+    if not hidden.all():
+        scores_of_all[hidden] = -1
+    assert torch.equal(found, scores_of_all.argmax(0))
 
 
 def _flops(sure: float) -> float:

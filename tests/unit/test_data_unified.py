@@ -183,7 +183,9 @@ def test_a_validation_source_is_seen_in_the_vocabulary_of_the_run(two, tmp_path)
     fewer = union(two, sources=[SourceConfig(two[0]), SourceConfig(two[1], map={"o0": None})], val=two[1])
     left_out = way_of(validated(fewer, open_training(fewer)[0].vocabulary))
     assert left_out.left_out == ("o0",), "what training leaves out stays left out, whatever the table says"
-    made = Vocabulary("u", OTHER.classes[:2], ((("test", "o0"),), (("test", "x"), ("other", "o1"))))
+    made = Vocabulary(
+        "u", OTHER.classes[:2], ((("test", "o0"),), (("test", "x"), ("other", "o1"))), (("other", OTHER.digest),)
+    )
     way = place(made, Source(OTHER), by_name=True)
     assert way.labels.tolist() == [LEFT_OUT, 1] + [LEFT_OUT] * 4, "nor does its name bring it back"
     # one that no training source has: by table, by name, by map

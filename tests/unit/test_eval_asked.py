@@ -15,9 +15,12 @@ from mf_scale.config.load import config_to_yaml
 from mf_scale.config.schema import Config, SourceConfig
 from mf_scale.data.sources import open_training
 from mf_scale.evaluation.asked import Asked, asked
-from mf_scale.evaluation.inference import semantic
+from mf_scale.evaluation.averaging import averaged_semantic
+from mf_scale.evaluation.inference import instance, semantic
 from mf_scale.evaluation.per_pixel import per_pixel_semantic
+from mf_scale.evaluation.views import View
 from mf_scale.models.outputs import Classifier, MaskPrediction, PixelPrediction
+from tests.random_batches import said_outright
 from tests.sources import make_source, small_config
 
 KNOWN = torch.tensor([True, False, True, False])
@@ -57,6 +60,41 @@ def test_hidden_classes_have_no_probability_and_the_others_share_it():
         told = Asked(Says(pixels), KNOWN)(torch.zeros(1))
         assert set(per_pixel_semantic(told, (8, 8)).unique().tolist()) <= {0, 2}
         assert bias is None or 1 in per_pixel_semantic(pixels, (8, 8))
+
+
+def _all_ways(told: MaskPrediction | PixelPrediction) -> list[torch.Tensor]:
+    """Class of the pixels of an image as large as the grid: the plain way and by averaging, in one piece and many."""
+    size = (told.pixel_embeddings.shape[-2], told.pixel_embeddings.shape[-1])
+    view = View(told, (float(size[0]), float(size[1])), None, False)
+    found = [averaged_semantic([[view]], size, budget=budget) for budget in (1, 1 << 20)]
+    for budget in (1, 1 << 20):
+        if isinstance(told, MaskPrediction):
+            found.append(semantic(told, size, budget=budget)[0])
+        else:
+            found.append(per_pixel_semantic(told, size, budget=budget)[0])
+    return found
+
+
+def test_where_nothing_is_said_a_class_that_is_asked_for_wins() -> None:
+    """Class 0 and 1 are hidden. No query has a mask at pixel 0; then no-object takes all of every query; then NaN."""
+    known, rows = torch.tensor([False, False, True, True]), torch.tensor([[[9.0, 0, 0, 1, 0], [9.0, 0, 0, 1, 0]]])
+    masks = torch.tensor([[[[-torch.inf, 3.0]], [[-torch.inf, -3.0]]]]).nan_to_num(neginf=-1e9)
+    given = said_outright(rows, torch.eye(2)[None], masks)
+    ways = _all_ways(Asked(Says(given), known)(torch.zeros(1)))
+    assert [way.tolist() for way in ways] == [[[2, 3]]] * 4
+    given = said_outright(torch.tensor([[[0.0, 0, 0, 0, 900]] * 2]), torch.eye(2)[None], masks)
+    assert all((way == 2).all() for way in _all_ways(Asked(Says(given), known)(torch.zeros(1))))
+    nan = torch.full((1, 1, 1, 2), torch.nan)
+    for of_nan in (said_outright(rows[:, :1], torch.ones(1, 1, 1), nan), PixelPrediction(torch.ones(1, 4, 1), nan)):
+        assert all((way == 2).all() for way in _all_ways(Asked(Says(of_nan), known)(torch.zeros(1))))
+
+
+def test_hidden_classes_are_no_instances() -> None:
+    given = said_outright(torch.zeros(1, 3, 5), torch.ones(1, 3, 1), torch.full((1, 1, 4, 4), 3.0))
+    (found,) = instance(given, (4, 4), [True] * 4, 100, 0.0)
+    assert len(found) == 12
+    (found,) = instance(Asked(Says(given), KNOWN)(torch.zeros(1)), (4, 4), [True] * 4, 100, 0.0)
+    assert sorted(found.labels.tolist()) == [0, 0, 0, 2, 2, 2] and (found.scores > 0.3).all()
 
 
 def test_counts_of_stats_and_report_are_of_the_classes_of_the_run(tmp_path: Path, capsys):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mf_scale.errors import UserError
 from mf_scale.evaluation.forward import answer
-from mf_scale.evaluation.prediction.files import read_image
+from mf_scale.evaluation.prediction.files import decode_upright
 from mf_scale.evaluation.prediction.parts import predict_images
 from mf_scale.evaluation.prediction.words import Options
 from mf_scale.evaluation.rle import bounding_box, coco_mask
@@ -198,9 +198,9 @@ def test_images_are_read_upright_and_their_size_is_limited(tmp_path: Path) -> No
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     file = _image(tmp_path / "turned.jpg", (40, 20), exif=exif)
-    assert read_image(file, 10_000).shape == (20, 40, 3)
+    assert decode_upright(file.read_bytes(), 10_000, str(file)).shape == (20, 40, 3)
     grey = tmp_path / "grey.png"
     Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(grey)
-    assert read_image(grey, 10_000).shape == (5, 6, 3)
+    assert decode_upright(grey.read_bytes(), 10_000, str(grey)).shape == (5, 6, 3)
     with pytest.raises(UserError, match="limit of 100"):
-        read_image(file, 100)
+        decode_upright(file.read_bytes(), 100, str(file))

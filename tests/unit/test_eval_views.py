@@ -69,6 +69,18 @@ def image() -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB").resize((128, 96)))
 
 
+class Diverged(Texture):
+    """Says NaN: of every pixel, or of those of the right half."""
+
+    whole = True
+
+    def forward(self, images: Tensor) -> MaskPrediction | PixelPrediction:
+        said = super().forward(images)
+        pixels = said.pixel_embeddings.clone()
+        pixels[..., 0 if self.whole else pixels.shape[-1] // 2 :] = torch.nan
+        return replace(said, pixel_embeddings=pixels)
+
+
 def _config(**options: Any) -> Config:
     return painted_config(eval__short_side=96, eval__max_side=1000, data__task="semantic", **options)
 
@@ -88,6 +100,34 @@ def test_one_view_is_the_plain_answer(model: nn.Module, image: np.ndarray) -> No
     assert np.array_equal(said.semantic(), expected)
     assert np.array_equal(averaged_semantic(said.scales, said.size).numpy(), expected)
     assert np.array_equal(averaged_semantic(said.scales, said.size, budget=SMALL).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["mask_classification", "per_pixel"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_diverged_has_an_answer_too(kind: str, whole: bool, image: np.ndarray) -> None:
+    """Always the same one, of valid classes: what averages, in one piece or many, says what the plain way says."""
+    model = Diverged(kind).eval()
+    model.whole = whole
+    said = answer(model, image, _config())
+    plain = said.semantic()
+    assert (plain[:, 80:] == 0).all() and (plain == 0).all() == whole
+    for budget in (1, SMALL, 1 << 24):
+        assert np.array_equal(averaged_semantic(said.scales, said.size, budget=budget).numpy(), plain)
+        if isinstance(said.prediction, PixelPrediction):
+            again = per_pixel_semantic(said.prediction, said.size, extent=said.extent, budget=budget)
+            assert np.array_equal(again[0].numpy(), plain)
+    for options in ({"eval__flip": True}, {"eval__scales": [0.5, 1.0]}, {"eval__window": [64, 64]}):
+        first, second = (answer(model, image, _config(**options)).semantic() for _ in range(2))
+        assert np.array_equal(first, second) and first.min() >= 0 and first.max() < CLASSES
+        assert not whole or (first == 0).all()
+
+
+def test_of_numbers_and_nan_the_class_of_nan_wins_in_one_piece_and_many() -> None:
+    """As in one argmax of all logits: the rest of the classes is no better known."""
+    embeddings = torch.arange(6.0)[None, :, None].clone()
+    embeddings[0, [2, 4]] = torch.nan
+    prediction = PixelPrediction(embeddings, torch.ones(1, 1, 4, 4))
+    assert all((per_pixel_semantic(prediction, (4, 4), budget=budget) == 2).all() for budget in (1, 1 << 20))
 
 
 @pytest.mark.parametrize("window", [[96, 128], [64, 0], [0, 64], [700, 900]])

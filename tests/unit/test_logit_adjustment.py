@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mf_scale.data.index import Index
 from mf_scale.errors import UserError
+from mf_scale.evaluation.asked import Asked
 from mf_scale.evaluation.forward import answer
+from mf_scale.evaluation.inference import panoptic
 from mf_scale.evaluation.loading import load_checkpoint, load_model
 from mf_scale.export import export_run
 from mf_scale.models.build import build_model
@@ -20,7 +22,9 @@ from mf_scale.models.logit_adjustment import adjust_logits, adjusted
 from mf_scale.models.outputs import Classifier, LayerPrediction, MaskPrediction, PixelPrediction
 from mf_scale.rundir import VOCABULARY, RunDir
 from mf_scale.vocabulary import ClassInfo, Vocabulary, log_prior
+from tests.random_batches import said_outright
 from tests.unit.painted import VOCABULARY_4, painted_source, write_checkpoint
+from tests.unit.test_eval_asked import KNOWN, Says
 from tests.unit.test_start import _config
 
 CPU = torch.device("cpu")
@@ -62,6 +66,53 @@ def test_of_a_per_pixel_model_the_prior_is_taken_off_the_bias() -> None:
         assert torch.allclose(after.logits(), before.logits() + added[:, None, None], atol=1e-6)
 
 
+def _asked_and_adjusted(prediction: MaskPrediction, tau: float, known: Tensor = KNOWN) -> Tensor:
+    """Class probabilities [.,K+1] of the two together, at the second call."""
+    model = adjust_logits(Says(prediction), COUNTED, tau, where="here")
+    told = Asked(model, known)
+    told(torch.zeros(1))
+    assert (model(torch.zeros(1)).class_logits > -torch.inf).all(), "the model itself hides nothing, before and after"
+    return told(torch.zeros(1)).class_logits.double().softmax(-1)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 30.0])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_classes_have_no_share_in_what_is_divided_anew(tau: float, biased: bool, dtype: torch.dtype) -> None:
+    """As `balanced` trains: hidden first, adjusted after. Classes 1 and 3 are hidden; 3 is the rarest."""
+    prediction = _prediction(biased, dtype)
+    before = _asked_and_adjusted(prediction, 0.0)
+    after = _asked_and_adjusted(prediction, tau)
+    assert torch.allclose(after[..., 4], before[..., 4], atol=1e-6)
+    assert (after[..., [1, 3]] == 0).all()
+    odds = before[..., 2] / before[..., 0] * (IMAGES[0] / IMAGES[2]) ** tau
+    expected = (1 - before[..., 4]) * odds / (1 + odds)
+    assert torch.allclose(after[..., 2], expected, atol=1e-6)
+    assert torch.allclose(after[..., 0], 1 - before[..., 4] - expected, atol=1e-6)
+    assert torch.equal(_asked_and_adjusted(prediction, tau, KNOWN | True), _adjusted_alone(prediction, tau))
+    assert (_asked_and_adjusted(prediction, tau, KNOWN & False)[..., 4] == 1).all(), "nothing is left to divide"
+
+
+def _adjusted_alone(prediction: MaskPrediction, tau: float) -> Tensor:
+    model = adjust_logits(Says(prediction), COUNTED, tau, where="here")
+    return model(torch.zeros(1)).class_logits.double().softmax(-1)
+
+
+def test_a_rare_hidden_twin_takes_no_segments_away() -> None:
+    """Five queries as sure of a class as of its rare twin, which the source does not annotate: they stay segments."""
+    vocabulary = Vocabulary("twins", (ClassInfo("a", True, 0, None, 50_000), ClassInfo("b", True, 1, None, 50)))
+    stripes = torch.where(torch.eye(5, dtype=torch.bool)[:, None], 9.0, -9.0)[None].transpose(1, 2)  # [1,C,5 x 1]
+    prediction = said_outright(
+        torch.tensor([8.0, 8.0, 2.0]).expand(1, 5, 3), torch.eye(5)[None], stripes.transpose(1, 2).reshape(1, 5, 1, 5)
+    )
+    for tau in (0.0, 1.0):
+        told = Asked(adjust_logits(Says(prediction), vocabulary, tau, where="here"), torch.tensor([True, False]))
+        found = told(torch.zeros(1))
+        assert torch.allclose(found.class_logits.softmax(-1)[..., 2], torch.tensor(0.0024726), atol=1e-6)
+        ((_, segments),) = panoptic(found, (1, 5), [True, True], 0.8, 0.8)
+        assert [segment["label"] for segment in segments] == [0] * 5
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return painted_source(tmp_path_factory.mktemp("source"))
@@ -91,6 +142,21 @@ def test_a_checkpoint_carries_its_counts_and_tau_0_is_to_the_bit_as_without(run:
     gained = (shifted - plain).movedim(1, -1) if plain.dim() == 4 else shifted[..., :4] - plain[..., :4]
     by_hand = -2 * torch.tensor(log_prior(IMAGES))
     assert torch.allclose(gained - gained[..., :1], by_hand - by_hand[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_from_its_checkpoint_hides_first_and_adjusts_after(run: str) -> None:
+    image = torch.arange(3 * 64 * 64).remainder(255).view(1, 3, 64, 64).float()
+    plain, told = (Asked(load_model(run, [f"eval.logit_adjustment={tau}"], CPU).model, KNOWN)(image) for tau in (0, 2))
+    if isinstance(plain, PixelPrediction) and isinstance(told, PixelPrediction):
+        by_hand = plain.logits() - 2 * torch.tensor(log_prior(IMAGES))[:, None, None]
+        assert torch.allclose(told.logits(), by_hand, atol=1e-5)
+        return
+    assert isinstance(plain, MaskPrediction) and isinstance(told, MaskPrediction)
+    before, after = plain.class_logits.softmax(-1), told.class_logits.softmax(-1)
+    assert torch.allclose(after[..., 4], before[..., 4], atol=1e-6) and (after[..., [1, 3]] == 0).all()
+    odds = before[..., 2] / before[..., 0] * (IMAGES[0] / IMAGES[2]) ** 2
+    assert torch.allclose(after[..., 2] / after[..., 0], odds, rtol=1e-4)
 
 
 def test_inference_answers_with_the_adjusted_logits(run: str) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from mf_scale.config.load import load_config
-from mf_scale.data.batch import IGNORE, NONE
+from mf_scale.data.batch import IGNORE, NONE, NOT_EXHAUSTIVE, UNKNOWN
 from mf_scale.data.collate import cut
 from mf_scale.losses.choose import choose_criterion
 from mf_scale.losses.criterion import Criterion
-from mf_scale.losses.pixel_criterion import PixelCriterion, pixel_classes
+from mf_scale.losses.pixel_criterion import PixelCriterion, pixel_classes, unknown_classes
 from mf_scale.losses.pixel_loss import UNCOUNTED, pixel_loss
+from mf_scale.models.build import build_model
 from mf_scale.models.outputs import PixelPrediction
-from tests.random_batches import pixel_leaves, pixel_part, random_batch, random_pixel_prediction
+from tests.random_batches import CLASSES, pixel_leaves, pixel_part, random_batch, random_pixel_prediction
 
 
 def _loss(prediction, batch):
@@ -82,6 +85,64 @@ def test_half_precision_predictions_are_computed_in_fp32(dtype):
     assert got.total.dtype == torch.float32
     torch.testing.assert_close(got.total.double(), _loss(full, batch).total, rtol=1e-5, atol=0)
     assert all(g.dtype == dtype for g in torch.autograd.grad(got.total, pixel_leaves(half)))
+
+
+def _bits(prediction, batch):
+    total = _loss(prediction, batch).total
+    return [total.detach(), *torch.autograd.grad(total, pixel_leaves(prediction))]
+
+
+@pytest.mark.parametrize("value", [0, NOT_EXHAUSTIVE])
+def test_where_all_is_known_the_loss_is_what_it_is_without_a_mask(value):
+    batch, prediction = random_batch([3, 5]), random_pixel_prediction(2, dtype=torch.float32)
+    masked = replace(batch, class_mask=torch.full((2, CLASSES), value, dtype=torch.uint8))
+    assert all(map(torch.equal, _bits(prediction, masked), _bits(prediction, batch)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_classes_that_are_unknown_are_as_if_they_were_not_there(dtype):
+    """Of the first image 1 and 4 are unknown, of the second 4 and 5, which is marked there; 0 is what padding reads."""
+    batch = random_batch([2, 2], ignored=True)
+    batch.labels[:] = torch.tensor([[2, 6], [5, 3]])
+    mask = torch.zeros(2, CLASSES, dtype=torch.uint8)
+    mask[0, [0, 1, 4]] = mask[1, [0, 4, 5]] = UNKNOWN
+    batch = replace(batch, class_mask=mask)
+    unknown = unknown_classes(batch)
+    assert unknown is not None
+    assert [row.nonzero().flatten().tolist() for row in unknown] == [[0, 1, 4], [0, 4]]
+    prediction = random_pixel_prediction(2, dtype=dtype)
+    *layers, pixels, bias = (g.clone() for g in _bits(prediction, batch)[1:])
+    for layer in layers:
+        assert (layer[unknown] == 0).all() and (layer[~unknown] != 0).any(1).all()
+    assert pixels.isfinite().all() and (bias[[0, 4]] == 0).all() and (bias[[1, 2, 3, 5, 6]] != 0).all()
+    before = _bits(prediction, batch)
+    with torch.no_grad():
+        assert prediction.bias is not None
+        for t in (*prediction.aux, prediction.class_embeddings):
+            t[unknown] = 50.0
+        prediction.bias[[0, 4]] = 1e4
+    assert all(map(torch.equal, before, _bits(prediction, batch)))
+
+
+def test_an_image_of_which_no_class_is_known_has_no_loss():
+    batch, prediction = random_batch([3, 0]), random_pixel_prediction(2)
+    mask = torch.tensor([0, UNKNOWN], dtype=torch.uint8)[:, None].expand(-1, CLASSES)
+    assert all(map(torch.equal, _bits(prediction, replace(batch, class_mask=mask)), _bits(prediction, batch)))
+
+
+def test_the_classifier_s_row_of_an_unknown_class_gets_exactly_no_gradient():
+    config = load_config(None, ["model.kind=per_pixel", "model.backbone.name=resnet10t", "model.backbone.weights=none"])
+    pixel_decoder = replace(config.model.pixel_decoder, width=16, mask_channels=16)
+    model = build_model(replace(config.model, pixel_decoder=pixel_decoder), CLASSES, seed=0)
+    batch = random_batch([2, 3], (64, 64))
+    batch.labels[batch.labels == 5] = 3
+    mask = torch.zeros(2, CLASSES, dtype=torch.uint8)
+    mask[:, 5] = UNKNOWN
+    _loss(model(batch.images), replace(batch, class_mask=mask)).total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for gradient in (gradients["classifier.weight"], gradients["classifier.bias"]):
+        assert (gradient[5] == 0).all() and (gradient[:5] != 0).any()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_large_logits_stay_finite():

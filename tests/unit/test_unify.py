@@ -159,6 +159,16 @@ def test_conflicts_are_refused():
     refused([Source(A), Source(vocabulary("c", "sky*"))], by_name=True, match="a thing and stuff")
 
 
+def test_a_map_across_a_table_or_equal_names_is_refused():
+    both = vocabulary("a", "car* person* sky"), vocabulary("b", "car* person* sky")
+    swapped = [Source(both[0], map={"car": "person", "person": "car"}), Source(both[1])]
+    rows = table({name: {"a": name, "b": name} for name in ("car", "person")})
+    for declared in ({"tables": [rows]}, {"by_name": True}):
+        refused(swapped, match=r"different classes to one: a \"car\" is 'person' by the map of a", **declared)
+        right = unify([Source(both[0], map={"car": "car"}), Source(both[1])], **declared).vocabulary
+        assert len(right) == (3 if "by_name" in declared else 4)
+
+
 def test_maps_that_call_different_classes_by_one_name_are_refused():
     cars, people = vocabulary("a", "car* person* sky"), vocabulary("b", "car* person* auto*")
     crossed = Source(cars, map={"car": "x"}), Source(people, map={"person": "x"})

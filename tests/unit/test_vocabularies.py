@@ -113,6 +113,8 @@ def test_bands_are_read_in_full_or_by_letter_and_nothing_else():
         "[" * 200_000,
         json.dumps(one_class(source_id=float("inf"))),
         json.dumps(one_class(name="\ud800")),
+        json.dumps(one_class(name=None)),
+        json.dumps(one_class(thing="false")),
         json.dumps({**one_class(), "name": "\udfff"}),
         "3",
         '"a"',

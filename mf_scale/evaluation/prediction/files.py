@@ -145,13 +145,11 @@ def folder_images(folder: Path) -> list[str]:
     return [str(f) for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file()]
 
 
-def read_image(file: Path, max_pixels: int) -> NDArray[np.uint8]:
-    """An image file as uint8 [H,W,3] RGB, upright (its EXIF orientation carried out); raises UserError naming it."""
-    return decode_upright(SingleFiles().read(str(file)), max_pixels, str(file))
-
-
 def decode_upright(data: bytes, max_pixels: int, where: str) -> NDArray[np.uint8]:
-    """The same of an image file's bytes; 16-bit grey becomes its upper 8 bits, alpha is dropped."""
+    """The bytes of an image file as uint8 [H,W,3] RGB, upright (its EXIF orientation carried out).
+
+    16-bit grey becomes its upper 8 bits, alpha is dropped. Raises UserError naming `where`.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
