@@ -90,3 +90,10 @@ def test_a_segment_that_is_left_out_takes_no_part_in_another_s() -> None:
     with_it, score = counted(sample_of([0, 4], nobody), [(0, box(0)), (3, inside)])
     assert with_it[0] == [1, 0, 0] and with_it[3] == [0, 0, 0]
     assert (with_it, score) == counted(sample_of([0, 4], nobody), [(0, (slice(3, 10), slice(0, 4)))])
+
+
+def test_an_image_s_own_score_excuses_the_same_classes() -> None:
+    """Of classes that are not the first ones."""
+    partly = Federated(np.array([], np.int64), np.array([3], np.int64))
+    said = [(3, box(0)), (3, box(1, below=True))]
+    assert counted(sample_of([3, 4], partly), said)[1] == counted(sample_of([3, 4], None), said[:1])[1]
