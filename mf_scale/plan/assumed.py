@@ -52,6 +52,8 @@ ASSUMPTIONS: dict[str, Assumption] = {
     ),
     "write_gib_s": Assumption("GiB/s that a node writes to the run directory", 1.0, "`mf-scale doctor` measures it"),
 }
+MOST_IMAGES = 2**53
+"""Beyond, a float64 does not hold every whole number."""
 _INDEX = ("images", "image_bytes", "key_bytes", "image_classes", "shard_images")
 
 
@@ -93,6 +95,8 @@ def _value(name: str, text: str) -> float:
             f"{name}={text} cannot be: {known.meaning} is {kind}, {'0 or more' if known.zero else 'above 0'}",
             where="--assume",
         )
+    if name == "images" and value > MOST_IMAGES:
+        raise UserError(f"images={text} cannot be: a plan counts {MOST_IMAGES:,} (2^53) at most", where="--assume")
     return value
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mf_scale.config.schema import Config
 from mf_scale.plan.states import FP32, Tensors
+from mf_scale.plan.written import Written
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,18 @@ class Checkpoints:
     kept: int
     """Checkpoints that lie in the run directory at once at most, besides those of checkpoint.keep_every."""
     first_rank: int
-    """Host memory of rank 0's copy while it is written behind the training."""
+    """Host memory of rank 0's copy while it is written behind the training: as much as its files."""
     other_ranks: int
-    """Of any other rank's."""
+    """Of any other rank's at most."""
 
 
-def count_checkpoints(tensors: Tensors, config: Config, ranks: int) -> Checkpoints:
-    """Of a run of so many ranks."""
+def count_checkpoints(tensors: Tensors, config: Config, written: Written) -> Checkpoints:
+    """Of a run whose ranks write so much at the configured stage, heads included."""
     whole = tensors.saved
     trained, averaged = tensors.trained * FP32, config.ema.decay > 0
-    frozen = sum(tensors.frozen) * FP32
     moments = 2 * trained
-    partitioned = config.zero.stage == 3
     # Up to stage 2 the average is a state_dict of its own, at stage 3 stretches of what is trained.
-    average = (trained if partitioned else whole) * averaged
-    replicated = whole - trained - frozen if partitioned else whole + average
-    shares = moments + (trained + frozen + average if partitioned else 0)
-    share = -(-shares // ranks)
+    average = (trained if config.zero.stage == 3 else whole) * averaged
     copies = config.checkpoint.asynchronous
     return Checkpoints(
         weights=whole,
@@ -45,6 +41,6 @@ def count_checkpoints(tensors: Tensors, config: Config, ranks: int) -> Checkpoin
         total=whole + moments + average,
         # The one that is being written stands beside those that are kept.
         kept=config.checkpoint.keep_last + config.checkpoint.keep_best + 1,
-        first_rank=(replicated + share) * copies,
-        other_ranks=share * copies,
+        first_rank=written.first_rank * copies,
+        other_ranks=written.other_rank * copies,
     )

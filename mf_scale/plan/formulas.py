@@ -23,15 +23,21 @@ def index_bytes(images: float, key_bytes: float, image_classes: float, shards: f
 
 
 def blocks_of(images: float, shard_images: float, block_samples: int) -> int:
-    """Blocks of a source: a block never crosses a tar."""
-    shards = math.ceil(images / shard_images)
-    return shards * math.ceil(min(shard_images, images) / block_samples)
+    """Blocks of a source: a block never crosses a tar, and the last tar may have fewer images."""
+    full = math.floor(images / shard_images + 1e-9)  # of a mean, so that three tars are three
+    rest = round(images - full * shard_images)
+    return full * math.ceil(shard_images / block_samples) + math.ceil(rest / block_samples)
 
 
-def order_bytes(blocks: int, images: float, *, repeats: bool) -> float:
-    """Memory of a process's order: bounds (8 a block), blocks and ends of two epochs (2 x 12), with repeats the sums of
-    factors at the bounds and at every STRIDE images (8 each)."""
-    return blocks * (8 + 2 * 12) + (8 * (blocks + images / STRIDE) if repeats else 0)
+def mean_block(images: float, shard_images: float, block_samples: int) -> float:
+    """Images of a block: fewer than asked for where tars end."""
+    return images / blocks_of(images, shard_images, block_samples)
+
+
+def order_bytes(blocks: int, images: float, *, repeats: bool, blocked: bool) -> float:
+    """Memory of a process's order: bounds (8 a block), if it is read by blocks those and their ends of two epochs
+    (2 x 12), with repeats the sums of factors at the bounds and at every STRIDE images (8 each)."""
+    return blocks * (8 + 2 * 12 * blocked) + (8 * (blocks + images / STRIDE) if repeats else 0)
 
 
 def worker_lanes(lanes: int, workers: int) -> int:
@@ -39,9 +45,14 @@ def worker_lanes(lanes: int, workers: int) -> int:
     return lanes if lanes < workers else math.ceil(lanes / max(1, workers))
 
 
-def buffered_bytes(lanes: int, block_samples: int, image_bytes: float) -> float:
+def buffered_bytes(lanes: int, block_samples: float, image_bytes: float) -> float:
     """Bytes of the blocks that so many lanes hold, one each."""
     return lanes * block_samples * image_bytes
+
+
+def kept_blocks(budget: float, block_bytes: float) -> int:
+    """Blocks that a worker keeps of a source with so many bytes for them; lanes beyond read their samples singly."""
+    return int(budget // block_bytes)
 
 
 def bytes_a_second(global_batch: int, image_bytes: float, step_seconds: float) -> float:
@@ -49,13 +60,14 @@ def bytes_a_second(global_batch: int, image_bytes: float, step_seconds: float) -
     return global_batch * image_bytes / step_seconds
 
 
-def requests_a_second(global_batch: int, samples_a_read: int, step_seconds: float) -> float:
-    """Ranged reads of all ranks together: a lane begins one every so many steps."""
-    return global_batch / samples_a_read / step_seconds
+def requests_a_second(kept: float, singly: float, block: float, step_seconds: float) -> float:
+    """Ranged reads of all ranks together: a lane that keeps a block begins one every `block` steps, others each."""
+    return (kept / block + singly) / step_seconds
 
 
-def read_twice(global_batch: int, block_samples: int, images: float) -> float:
-    """Share of an epoch that is read twice at most: two lanes meet in a block, and each of them reads it whole."""
+def read_twice(global_batch: int, block_samples: float, images: float) -> float:
+    """Of an epoch, what is read once more at most: where a lane ends and the next begins, both read the block whole.
+    Above 1 where many lanes lie in a block."""
     return global_batch * block_samples / images
 
 

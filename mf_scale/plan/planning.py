@@ -114,6 +114,7 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
     worker = _worker(config, wanted, dataset)
     images = round(known["images"].value) if "images" in known else None
     took = duration(config, wanted.ranks, images, gpu)
+    scale = look_at_scale(config, wanted.ranks, wanted.nodes, known, saved, took.total)
     return Plan(
         file=file,
         config=config,
@@ -130,8 +131,8 @@ def plan_config(file: str, overrides: Sequence[str], wanted: Wanted | int) -> Pl
         fit=chosen,
         duration=took,
         cores=cores(config, wanted.ranks, wanted.nodes, took.total, worker),
-        checkpoints=count_checkpoints(tensors, config, wanted.ranks),
-        scale=look_at_scale(config, wanted.ranks, wanted.nodes, known, saved, took.total),
+        checkpoints=count_checkpoints(tensors, config, scale.written[config.zero.stage]),
+        scale=scale,
     )
 
 

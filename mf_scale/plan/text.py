@@ -179,7 +179,7 @@ def _checkpoints(plan: Plan) -> str:
     c = plan.checkpoints
     parts = [("weights", c.weights), ("moments", c.moments), ("average", c.average)]
     listed = " + ".join(f"{name} {shown(size)}" for name, size in parts if size)
-    host = f"; host memory while one is written: {shown(c.first_rank)} of rank 0, {shown(c.other_ranks)} of the others"
+    host = f"; host memory while one is written: {shown(c.first_rank)} of rank 0, {shown(c.other_ranks)} of others"
     return (
         f"checkpoint, computed: {listed} = {shown(c.total)}; up to {c.kept} at once in the run directory, "
         f"{shown(c.kept * c.total)}{host if c.first_rank else ''}"

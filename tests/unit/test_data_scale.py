@@ -344,6 +344,10 @@ def test_the_bench_runs_and_its_shares_are_the_plan(tmp_path, monkeypatch):
     text = bench_index(scale, folder=str(tmp_path), json_file=str(tmp_path / "told.json"))
     told = json.loads((tmp_path / "told.json").read_text())
     assert "blocks against the list at 2,000" in text and told["scale"]["ranks"] == 16
+    assert text.count("CPU ms") == 3
+    assert all(
+        0 < reading["first_plan_cpu_ms"] < reading["first_plan_ms"] * 1.1 for reading in told["readings"].values()
+    )
     assert {reading["samples"] for reading in told["readings"].values()} == {6000, 2000}
     assert 6000 * 80 < told["bytes"] < 6000 * 110
     assert [path.name for path in tmp_path.iterdir()] == ["told.json"]
@@ -355,7 +359,7 @@ def test_the_bench_runs_and_its_shares_are_the_plan(tmp_path, monkeypatch):
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_hundred_million_images_on_512_ranks(tmp_path):
-    """Under 200 MiB of memory a process; plans under 50 ms on an idle machine, here with room for a busy one."""
+    """Under 200 MB of memory a process; plans under 50 ms of the processor: what others do to the clock is not ours."""
     if shutil.disk_usage(tmp_path).free < 12e9:
         pytest.skip("an index of a hundred million samples takes 8.4 GB")
     scale = Scale(100_000_000, 20_000, 4096, 512, 8, 100_000)
@@ -364,8 +368,8 @@ def test_a_hundred_million_images_on_512_ranks(tmp_path):
     ours = [reading for name, reading in readings.items() if name != "list in memory"]
     assert len(ours) == 8 and [r["samples"] for r in ours].count(100_000_000) == 7
     for reading in ours:
-        assert max(reading["private_mib"], reading["peak_mib"], reading["worker_mib"]) < 200
-        assert max(reading["first_plan_ms"], reading["late_plan_ms"], reading["next_plan_ms"]) < 250
+        assert max(reading["private_mib"], reading["peak_mib"], reading["worker_mib"]) * MIB < 200e6
+        assert max(reading["first_plan_cpu_ms"], reading["late_plan_cpu_ms"], reading["next_plan_cpu_ms"]) < 50
     assert all(
         reading["open_s"] < 5 and reading["order_s"] < 1 for name, reading in readings.items() if "later" in name
     )

@@ -22,6 +22,7 @@ from mf_scale.plan.stand_ins import FusedAttention
 from mf_scale.plan.states import Layout, Tensors, count_states
 from mf_scale.plan.time import Rate, cores, duration
 from mf_scale.plan.tracker import Tracker
+from mf_scale.plan.written import Written
 
 TENSORS = Tensors(groups=((50, 31), (10, 9)), frozen=(7,), buffers=12, saved=440)
 """100 trained elements in groups of 81 and 19, which four ranks share as 88 and 24."""
@@ -167,14 +168,14 @@ def test_time_and_cores() -> None:
 def test_what_a_checkpoint_takes() -> None:
     config = Config()
     config.checkpoint.keep_last, config.checkpoint.keep_best = 2, False
-    found = count_checkpoints(TENSORS, config, 4)
+    found = count_checkpoints(TENSORS, config, Written(2, 700, 210, 1330))
     assert (found.weights, found.moments, found.average, found.total, found.kept) == (440, 800, 0, 1240, 3)
-    assert (found.first_rank, found.other_ranks) == (440 + 200, 200)
+    assert (found.first_rank, found.other_ranks) == (700, 210)
     config.ema.decay, config.zero.stage = 0.9, 3
-    found = count_checkpoints(TENSORS, config, 4)
-    assert (found.average, found.first_rank, found.other_ranks) == (400, 12 + 407, 407)
+    assert count_checkpoints(TENSORS, config, Written(3, 500, 410, 1730)).average == 400
     config.checkpoint.asynchronous = False
-    assert count_checkpoints(TENSORS, config, 4).first_rank == 0
+    found = count_checkpoints(TENSORS, config, Written(3, 500, 410, 1730))
+    assert (found.first_rank, found.other_ranks) == (0, 0)
 
 
 @pytest.mark.parametrize(("text", "size"), [("141GiB", 141 * GIB), ("80GB", 80 * 10**9), ("24576 MiB", 24 * GIB)])

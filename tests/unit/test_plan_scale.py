@@ -15,9 +15,11 @@ from torch import nn
 from mf_scale.bench.index_made import write_index
 from mf_scale.cli import main
 from mf_scale.config.load import load_config
+from mf_scale.config.schema import DataConfig
+from mf_scale.data import making
 from mf_scale.data.index import Index
 from mf_scale.data.loader import train_steps
-from mf_scale.data.order import Stream, epochs_begun
+from mf_scale.data.order import Stream, epochs_begun, rank_lanes, worker_share
 from mf_scale.data.repeat import repeat_factors
 from mf_scale.data.sources import order_of
 from mf_scale.data.storage import Storage
@@ -26,9 +28,11 @@ from mf_scale.plan import formulas as f
 from mf_scale.plan import written as written_module
 from mf_scale.plan.assumed import parse_assumed, settle
 from mf_scale.plan.dataset import Dataset
+from mf_scale.plan.lanes import look_at_lanes
 from mf_scale.plan.planning import Wanted, plan_config
 from mf_scale.plan.scale import Scale, look_at_scale
 from mf_scale.plan.scale_numbers import number, seconds, share, size
+from mf_scale.plan.scale_run import Figure
 from mf_scale.plan.text import page
 from mf_scale.plan.written import SavedModel, count_written, list_saved
 from tests.sources import make_source, open_state, small_config
@@ -40,13 +44,18 @@ NONE = Dataset((), "none here")
 
 def test_the_formulas_by_hand() -> None:
     assert f.index_bytes(10, 12, 6, 2, 3) == 10 * 84 + 2 * 139 + 3 * 63
-    assert f.blocks_of(2500, 1000, 128) == 3 * 8 and f.blocks_of(40, 1000, 128) == 1
-    assert f.order_bytes(100, 1600, repeats=False) == 3200 and f.order_bytes(100, 1600, repeats=True) == 4800
+    assert f.blocks_of(2500, 1000, 128) == 2 * 8 + 4 and f.blocks_of(40, 1000, 128) == 1
+    assert f.blocks_of(7, 7 / 3, 128) == 3 and f.blocks_of(49 * 107, 107.0, 8) == 49 * 14
+    assert [f.mean_block(*of) for of in ((8000, 1000, 128), (8000, 10, 128), (40, 1000, 8))] == [125, 10, 8]
+    assert [f.order_bytes(100, 1600, repeats=some, blocked=True) for some in (False, True)] == [3200, 4800]
+    assert [f.order_bytes(100, 1600, repeats=some, blocked=False) for some in (False, True)] == [800, 2400]
     assert [f.worker_lanes(8, workers) for workers in (0, 1, 3, 8, 9)] == [8, 8, 3, 1, 8]
     assert f.buffered_bytes(2, 128, 1000.0) == 256_000
     assert f.bytes_a_second(4096, 165_000, 0.5) == 1_351_680_000
-    assert f.requests_a_second(4096, 128, 0.5) == 64
-    assert f.read_twice(4096, 128, 100_000_000) == 0.00524288
+    assert f.requests_a_second(4096, 0, 128, 0.5) == 64 and f.requests_a_second(1024, 3072, 128, 0.5) == 16 + 6144
+    assert f.kept_blocks(4_000_000, 1_000_001) == 3 and f.kept_blocks(10, 11) == 0
+    # Nine lanes over ten images of one block: each reads it whole, so eight times more than once.
+    assert f.read_twice(4096, 128, 100_000_000) == 0.00524288 and f.read_twice(9, 10, 10) == 9
     assert f.cached_share(50, 200) == 0.25 and f.cached_share(300, 200) == 1
     assert f.node_bytes(10, 3, 4) == 19 and f.save_stall(500, 100, 0.25) == 5.25
     assert f.failures_a_day(16_384, 54 * 24 * 16_384 / 419) == pytest.approx(419 / 54)
@@ -87,25 +96,27 @@ def test_the_size_of_an_index_is_that_of_one_that_was_written(index: Index) -> N
     assert f.index_bytes(100_000, 12, mean, 100, 1000) == pytest.approx(files, rel=0.001)
 
 
+@pytest.mark.parametrize("shuffle", ["blocks", "full"])
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
-def test_the_memory_of_an_order_is_that_of_its_arrays(index: Index, threshold: float) -> None:
+def test_the_memory_of_an_order_is_that_of_its_arrays(index: Index, threshold: float, shuffle: str) -> None:
     bounds = index.block_bounds(128)
     repeats = repeat_factors(index, threshold, bounds) if threshold else None
     length = repeats.length if repeats else index.samples
-    order = order_of(index, Stream(0, index.digest, index.samples, length, 64, 0, 128, "blocks", threshold, 0, 0))
+    order = order_of(index, Stream(0, index.digest, index.samples, length, 64, 0, 128, shuffle, threshold, 0, 0))
     for epoch in range(3):
         order.sample_ids(torch.tensor([epoch * length]).numpy())
     held = order.bounds.nbytes + sum(a.nbytes for pair in order._epochs.values() for a in pair)
     if order.repeats is not None:
         held += order.repeats.sums.nbytes + order.repeats.strided.nbytes
     blocks = f.blocks_of(index.samples, 1000, 128)
-    assert f.order_bytes(blocks, index.samples, repeats=bool(threshold)) == pytest.approx(held, rel=0.001)
+    planned = f.order_bytes(blocks, index.samples, repeats=bool(threshold), blocked=shuffle == "blocks")
+    assert planned == pytest.approx(held, rel=0.002)
 
 
-def test_bytes_from_storage_are_those_that_a_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole epochs: at least what the formula says, at most what is read twice more."""
-    source = make_source(tmp_path, [96, 96, 96])
-    config, batch, ranks = small_config(block_samples=8), 8, 2
+def reads_of(
+    source: Index, config: DataConfig, batch: int, ranks: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Length of every read of all ranks' loaders in so many steps."""
     read: list[int] = []
     plain = Storage.read
 
@@ -115,18 +126,68 @@ def test_bytes_from_storage_are_those_that_a_loader_reads(tmp_path: Path, monkey
 
     monkeypatch.setattr(Storage, "read", counting)
     state = open_state(source, config, batch)
-    steps = 2 * source.samples // batch
     for rank in range(ranks):
         batches = train_steps([source], state, config, rank=rank, world=ranks, step=0)
         for _ in range(steps):
             next(batches)
         batches.close()
     assert epochs_begun(state.at(0).streams[0], steps) == 2
-    mean = settle({}, Dataset((source,), "here"), batch)["image_bytes"].value
-    expected = f.bytes_a_second(batch, mean, 1.0) * steps
-    assert expected <= sum(read) <= expected * (1 + f.read_twice(batch, 8, source.samples))
-    requests = f.requests_a_second(batch, 8, 1.0) * steps
-    assert requests <= len(read) <= requests * (1 + f.read_twice(batch, 8, source.samples))
+    return read
+
+
+def planned_of(source: Index, ranks: int, *overrides: str) -> Scale:
+    """Of the demo's configuration with a step a second, 8 images in blocks of 8, no workers."""
+    settings = ["model.num_classes=133", "train.global_batch=8", "data.block_samples=8", "data.workers=0"]
+    config = load_config(DEMO, [*settings, "data.shuffle=blocks", *overrides])
+    known = settle({}, Dataset((source,), "here"), 8)
+    return look_at_scale(config, ranks, 1, known, list_saved(Tiny(), []), 8.0)
+
+
+@pytest.mark.parametrize("tars", [[96] * 3, [10] * 28 + [8], [4] * 72])
+def test_bytes_from_storage_are_those_that_a_loader_reads(
+    tars: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole epochs: at least what the plan says, at most what is read twice more; a block ends with its tar."""
+    source, ranks = make_source(tmp_path, tars), 2
+    steps = 2 * source.samples // 8
+    read = reads_of(source, small_config(block_samples=8), 8, ranks, steps, monkeypatch)
+    plan = told(planned_of(source, ranks))
+    for found, expected in ((sum(read), plan["storage_bytes_a_second"]), (len(read), plan["reads_a_second"])):
+        assert 0.999 * steps * expected <= found <= steps * expected * (1 + plan["read_twice_share"])
+
+
+@pytest.mark.parametrize("slots", [8, 7, 4, 1, 0])
+def test_a_loader_keeps_the_blocks_that_fit_and_reads_the_rest_singly(
+    slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process of 8 lanes with room for some blocks, in bytes of the largest."""
+    source = make_source(tmp_path, [96] * 3)
+    offset, size_of, bounds = source.column("offset"), source.column("size"), source.block_bounds(8)
+    last = bounds[1:] - 1
+    largest = int((offset[last] + size_of[last] - offset[bounds[:-1]]).max())
+    monkeypatch.setattr(making, "MIB", slots * largest + 100)
+    steps = 2 * source.samples // 8
+    read = reads_of(source, small_config(block_samples=8, buffer_mib=1), 8, 1, steps, monkeypatch)
+    (lanes,) = look_at_lanes([8], 1, 0, slots)
+    assert (lanes.lanes, lanes.kept, lanes.of_worker, lanes.kept_of_worker) == (8, slots, 8, slots)
+    assert f.requests_a_second(lanes.kept, 8 - lanes.kept, 8, 1.0) * steps == pytest.approx(len(read), rel=0.1)
+
+
+def test_lanes_of_each_source_are_those_of_its_workers() -> None:
+    """Against the loader's own shares: 21 lanes of three sources, 3 ranks of 2 workers, room for 2 blocks a source."""
+    counts, ranks, workers = [11, 8, 2], 3, 2
+    held: dict[tuple[int, int, int], int] = {}
+    for rank in range(ranks):
+        for worker in range(workers):
+            for lane in worker_share(rank_lanes(21, rank, ranks), worker, workers).lanes:
+                key = int(lane >= 11) + int(lane >= 19), rank, worker
+                held[key] = held.get(key, 0) + 1
+    for place, source in enumerate(look_at_lanes(counts, ranks, workers, 2)):
+        own = [lanes for (of, _, _), lanes in held.items() if of == place]
+        assert (source.lanes, source.of_worker) == (counts[place], max(own))
+        assert source.kept == sum(min(2, lanes) for lanes in own) and source.kept_of_worker == min(2, max(own))
+    assert look_at_lanes([6], 2, 8, 1)[0].of_worker == 3  # fewer lanes than workers: each makes whole steps
+    assert look_at_lanes([5], 8, 8, 1)[0].fits
 
 
 class Tiny(nn.Module):
@@ -190,15 +251,53 @@ def test_saving_in_the_training_thread_stalls_for_the_write_and_leaves_nothing_b
     assert waiting["goodput"] < behind["goodput"] < 1
 
 
+def figure_of(scale: Scale, name: str) -> Figure:
+    return next(figure for figure in scale.figures if figure.name == name)
+
+
 def test_blocks_that_do_not_fit_are_read_singly_and_the_plan_says_so() -> None:
-    fitting = scale_of("data.block_samples=64", "data.shuffle=blocks")
-    assert told(fitting)["reads_a_second"] == 8 / 64 / 0.05 and told(fitting)["read_twice_share"] == 8 * 64 / 80_000
-    scale = scale_of("data.block_samples=64", "data.shuffle=blocks", "data.buffer_mib=10")
+    blocks = ["data.block_samples=50", "data.shuffle=blocks", "data.workers=0"]
+    fitting = scale_of(*blocks)
+    assert told(fitting)["reads_a_second"] == 8 / 50 / 0.05 and told(fitting)["read_twice_share"] == 8 * 50 / 80_000
+    assert "; fit: data" in figure_of(fitting, "worker_buffer_bytes").numbers
+    scale = scale_of(*blocks, "data.buffer_mib=5")
     assert told(scale)["reads_a_second"] == 8 / 0.05 and told(scale)["read_twice_share"] == 0
-    assert "do not fit" in next(figure.numbers for figure in scale.figures if figure.name == "worker_buffer_bytes")
+    assert "0 of 1 lanes' blocks fit" in figure_of(scale, "worker_buffer_bytes").numbers
+    some = scale_of(*blocks, "data.buffer_mib=25", "train.global_batch=32", rate=640.0)  # 3 of a rank's 4
+    assert told(some)["reads_a_second"] == pytest.approx((24 / 50 + 8) / 0.05)
+    assert "3 of 4 lanes' blocks fit" in figure_of(some, "worker_buffer_bytes").numbers
+    assert figure_of(some, "reads_a_second").numbers == "(24 / 50 + 8) / 50 ms, of 7.87 MiB and 161 KiB each"
     assert "cached_share" not in told(scale)
     cached = told(scale_of("data.cache_dir=/cache", "data.cache_gib=1"))
     assert cached["cached_share"] == 2**30 / (80_000 * 165_000)
+
+
+def test_sources_share_the_memory_for_blocks_by_their_number() -> None:
+    """Lanes 0 to 23 of the first source, 8 of the other: rank 0 has 3 and 1, each source a half of 4 blocks' room."""
+    overrides = ["data.sources=[{index: a, weight: 3}, {index: b}]", "data.train=null", "data.block_samples=50"]
+    overrides += ["data.shuffle=blocks", "data.workers=0", "train.global_batch=32", "data.buffer_mib=32"]
+    numbers = figure_of(scale_of(*overrides, rate=640.0), "worker_buffer_bytes").numbers
+    assert "2 of 3 lanes' blocks of source 0, 1 of 1 lanes' blocks of source 1 fit" in numbers
+    assert numbers.endswith("data.buffer_mib = 32 / 2 sources")
+    assert told(scale_of(*overrides, rate=640.0))["reads_a_second"] == pytest.approx((24 / 50 + 8) / 0.05)
+
+
+def test_blocks_end_with_their_tars_and_small_data_is_read_many_times() -> None:
+    short = scale_of("data.shuffle=blocks", "data.block_samples=50", given={"shard_images": 10.0})
+    assert told(short)["reads_a_second"] == 8 / 10 / 0.05 and told(short)["read_twice_share"] == 8 * 10 / 80_000
+    assert figure_of(short, "reads_a_second").numbers == "8 / 10 / 50 ms, of 1.57 MiB each"
+    small = scale_of("data.shuffle=blocks", "data.block_samples=64", "train.global_batch=128", given={"images": 256.0})
+    assert figure_of(small, "read_twice_share").shown == "32 times"
+    singly = scale_of("data.shuffle=full")
+    assert told(singly)["worker_buffer_bytes"] == told(singly)["read_twice_share"] == 0
+    assert told(singly)["reads_a_second"] == 8 / 0.05
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_page_gives_one_size_of_what_a_rank_writes(stage: int) -> None:
+    plan = plan_config(DEMO, ["model.num_classes=133", "data.train=nowhere", f"zero.stage={stage}"], 4)
+    written = plan.scale.written[stage]
+    assert (plan.checkpoints.first_rank, plan.checkpoints.other_ranks) == (written.first_rank, written.other_rank)
 
 
 def test_what_is_not_known_is_left_out_and_said() -> None:
@@ -206,7 +305,11 @@ def test_what_is_not_known_is_left_out_and_said() -> None:
     saved = list_saved(Tiny(), [])
     scale = look_at_scale(config, 8, 2, settle({}, NONE, 8), saved, None)
     assert not {"index_bytes", "storage_bytes_a_second", "lost_seconds", "goodput"} & told(scale).keys()
-    assert len(scale.unknown) == 3
+    assert len(scale.unknown) == 3 and scale.unknown[2].startswith("what a failure costs without a step's time")
+    never = scale_of("checkpoint.every_minutes=0", "checkpoint.every_steps=0").unknown
+    assert never == (
+        "what a failure costs: no checkpoint is written on the way (checkpoint.every_steps and every_minutes are 0)",
+    )
     assert told(scale_of(given={"preemptions": 3.0}))["restarts_a_day"] == pytest.approx(3 + 24 * 8 / 50_677, rel=1e-4)
 
 
@@ -223,6 +326,8 @@ def test_numbers_can_be_read() -> None:
     [
         (["images=0"], "images=0 cannot be: images of all training sources is a whole number, above 0"),
         (["images=1.5"], "a whole number"),
+        (["images=9007199254740994"], "a plan counts 9,007,199,254,740,992 (2^53) at most"),
+        (["images=1e300"], "(2^53) at most"),
         (["images=nan"], "images=nan cannot be"),
         (["gpu_hours=-1"], "gpu_hours=-1 cannot be"),
         (["gpu_hours=inf"], "gpu_hours=inf cannot be"),
