@@ -236,7 +236,8 @@ def check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) 
     saved = Vocabulary.load(source / VOCABULARY)
     if saved.digest == vocabulary.digest:
         return
-    if sorted(zip(saved.names, saved.things, strict=True)) == sorted(
+    unified = bool(saved.members or vocabulary.members)
+    if unified and sorted(zip(saved.names, saved.things, strict=True)) == sorted(
         zip(vocabulary.names, vocabulary.things, strict=True)
     ):
         raise UserError(
@@ -246,7 +247,6 @@ def check_same_vocabulary(source: Path, vocabulary: Vocabulary, other_way: str) 
             remedy=f"Name the sources in the order of the run, new ones last, or {other_way}",
         )
     changed = [a for a, b in zip(saved.names, vocabulary.names, strict=False) if a != b]
-    unified = bool(saved.members or vocabulary.members)
     raise UserError(
         f"the checkpoint was trained on vocabulary {saved.name!r} ({len(saved)} classes), the "
         f"{'sources together have' if unified else 'source has'} "

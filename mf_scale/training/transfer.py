@@ -46,7 +46,7 @@ class Transfer:
         if self._stream is None:
             return _Copy(part, None, self._device)
         # Pinned memory comes from torch's cache, which gives it out anew only once the copy has been made.
-        pinned = {name: tensor.pin_memory() for name, tensor in _tensors(part).items()}
+        pinned = {name: tensor.pin_memory() for name, tensor in batch_tensors(part).items()}
         with torch.cuda.stream(self._stream):
             there: dict[str, Any] = {
                 name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()
@@ -65,12 +65,12 @@ class _Copy:
         if self._done is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._done)
-            for tensor in _tensors(self._batch).values():
+            for tensor in batch_tensors(self._batch).values():
                 # Its memory belongs to the copying stream: it must not be given out again while this one reads it.
                 tensor.record_stream(current)
         return self._batch
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """Those that the batch has."""
+def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """The tensors of a batch by name; those that it has."""
     return {name: tensor for name in _TENSORS if (tensor := getattr(batch, name)) is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,7 @@ from mf_scale.data.batch import Batch
 from mf_scale.losses.terms import StepLoss
 from mf_scale.training.seeding import seed_model
 from mf_scale.training.step import disturbed
-
-_TENSORS = ("images", "segment_map", "labels", "segment_layer", "class_mask")
+from mf_scale.training.transfer import batch_tensors
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ def micro_batches(batch: Batch, *, world: int, size: int) -> Iterator[MicroBatch
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    given = {name: getattr(batch, name) for name in _TENSORS}
-    tensors = {name: tensor[rows].contiguous() for name, tensor in given.items() if tensor is not None}
+    tensors: dict[str, Any] = {name: tensor[rows].contiguous() for name, tensor in batch_tensors(batch).items()}
     return replace(batch, **tensors, keys=batch.keys[rows], events=[])
 
 
@@ -69,7 +68,7 @@ class StepAgain:
     def loss(self, micro: MicroBatch) -> Tensor:
         """The loss of one micro-batch times the loss scale; over a step's micro-batches they add up to its loss."""
         self.terms = {}
-        tensors = {name: getattr(micro.batch, name).to(self._device) for name in _TENSORS}
+        tensors: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in batch_tensors(micro.batch).items()}
         part = replace(micro.batch, **tensors)
         seed_model(self._seed, self._step, micro.lane)
         with autocast(self._precision, self._device):
