@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mf_scale.bench.claim_table import claim_table, spread, summarise
+
+ROOT = Path(__file__).parents[2]
 
 
 def _run(kind: str, seed: int, val: float, rate: float = 0.1, **more: float | None) -> dict[str, Any]:
@@ -53,3 +57,10 @@ def test_the_table_says_what_there_is() -> None:
     assert "| a | 1.50 | 2.00 | 0.50 | 1.00 ± 0.00 |" in lines
     assert lines[-1] != "" and any("held-out images 4, 3, 1, 1, 1;" in line for line in lines)
     assert "| a (0 seeds) | - | - | - | - | - | - |" in _lines(claim_table(summarise([], **told)))
+
+
+def test_the_page_has_the_tables_of_its_numbers() -> None:
+    page = (ROOT / "docs/claim.md").read_text().splitlines()
+    table = claim_table(json.loads((ROOT / "docs/examples/claim.json").read_text()))
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 15 and all(line in page for line in rows)
